@@ -30,7 +30,7 @@ pub struct Dropout {
 
 /// Rotary embedding in the half-split layout of Transformers (`rotate_half`): element `i` of a head pairs with
 /// `i + head_dim / 2`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Rope<'a, B> {
     pub head_dim: usize,
     /// f32 `[max_position, head_dim / 2]`.
@@ -58,7 +58,7 @@ pub struct AdamW {
 }
 
 /// Arguments of [`Backend::cross_entropy`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct CrossEntropy<'a, B> {
     /// u32 `[n]`: the class that each row should predict.
     pub targets: &'a B,
@@ -69,6 +69,20 @@ pub struct CrossEntropy<'a, B> {
     /// Multiplies the gradient only (loss scale of fp16).
     pub gradient_scale: f32,
 }
+
+impl<B> Clone for Rope<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B> Copy for Rope<'_, B> {}
+
+impl<B> Clone for CrossEntropy<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B> Copy for CrossEntropy<'_, B> {}
 
 /// A device that can run a Llama block forward and backward.
 ///

@@ -1,1 +1,23 @@
-//! See the README of the workspace.
+//! The trainer: it owns the loop and nothing else. What a step computes is in `llama`, what it computes on is a backend.
+//!
+//! - [`TrainingArguments`]: the knobs, under the names of Transformers.
+//! - [`schedule`]: learning rates.
+//! - [`order`]: which examples make up which optimizer step, as a function of seed and epoch.
+//! - [`Trainer`]: steps, gradient clipping, evaluation, checkpoints, early stopping, resume.
+//! - [`checkpoint`]: `checkpoint-N/` directories with PEFT files, `trainer_state.json` and the exact state in safetensors.
+//!
+//! Invariant: a step covers exactly `per_device_train_batch_size × gradient_accumulation_steps` examples and its gradient is
+//! the sum over their label tokens divided by the number of those tokens, however they were packed into micro-batches.
+
+mod arguments;
+pub mod checkpoint;
+mod error;
+pub mod order;
+pub mod schedule;
+mod state;
+mod trainer;
+
+pub use arguments::{SaveStrategy, SchedulerType, TrainingArguments};
+pub use error::{Error, Result};
+pub use state::{LogEntry, TrainerState};
+pub use trainer::{EndReason, Observer, StepReport, TrainOutcome, Trainer};

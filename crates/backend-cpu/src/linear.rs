@@ -1,0 +1,322 @@
+//! Frozen weights and matrix products, in both precisions.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use cashtag_backend::{Error, Result, WeightSource};
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+use crate::buffer::{AnyView, AnyViewMut, Held, Memory, View, ViewMut};
+use crate::gemm::{AWords, COut, NR, Panels, TileOut, gemm as gemm_bf16, interleave_rows, pack_nn, pack_nt, transpose_panels};
+use crate::simd::{Bf16, Element};
+
+/// A frozen matrix `[out, in]`.
+#[derive(Debug)]
+pub struct CpuWeight {
+    pub(crate) out: usize,
+    pub(crate) inner: usize,
+    pub(crate) data: WeightData,
+    _held: Held,
+}
+
+#[derive(Debug)]
+pub(crate) enum WeightData {
+    /// Row-major, for the f32 path.
+    F32(Vec<f32>),
+    /// Panels of Wᵀ. The backward transposes them into scratch, a few percent of its time, so that they are held once.
+    Bf16(Panels),
+}
+
+/// Packing buffers that are handed from call to call, so that a step allocates nothing.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    panels: Mutex<Vec<Panels>>,
+    words: Mutex<Vec<Vec<u32>>>,
+}
+
+impl Scratch {
+    fn with_panels<R>(&self, f: impl FnOnce(&mut Panels) -> R) -> R {
+        let mut panels = self.panels.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
+        let result = f(&mut panels);
+        self.panels.lock().unwrap_or_else(|e| e.into_inner()).push(panels);
+        result
+    }
+
+    fn with_words<R>(&self, f: impl FnOnce(&mut Vec<u32>) -> R) -> R {
+        let mut words = self.words.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
+        let result = f(&mut words);
+        self.words.lock().unwrap_or_else(|e| e.into_inner()).push(words);
+        result
+    }
+}
+
+/// Rows that are dequantised at a time while a weight is loaded.
+const LOAD_ROWS: usize = NR;
+
+impl CpuWeight {
+    /// Reads and stacks `sources` along their rows.
+    pub(crate) fn load(sources: &[&dyn WeightSource], bf16: bool, memory: &Arc<Memory>) -> Result<Self> {
+        let inner = sources.first().map_or(0, |s| s.cols());
+        for s in sources {
+            if s.cols() != inner {
+                let what = format!("has {} columns, the weights beside it have {inner}", s.cols());
+                return Err(Error::Weight { name: s.name().into(), what });
+            }
+        }
+        let out: usize = sources.iter().map(|s| s.rows()).sum();
+        let (data, bytes) = if bf16 {
+            let mut panels = Panels::default();
+            panels.reshape(inner, out);
+            let len = panels.panel_len();
+            if len > 0 {
+                panels.words.par_chunks_mut(len).enumerate().try_for_each_init(
+                    || (vec![0f32; LOAD_ROWS * inner], vec![Bf16::default(); LOAD_ROWS * inner], Panels::default()),
+                    |(wide, narrow, one), (p, target)| -> Result<()> {
+                        let rows = p * NR..((p + 1) * NR).min(out);
+                        let n = rows.len();
+                        read_stacked(sources, rows, &mut wide[..n * inner])?;
+                        for (b, f) in narrow.iter_mut().zip(&wide[..n * inner]) {
+                            *b = Bf16::from_f32(*f);
+                        }
+                        pack_nt(narrow, inner, n, inner, one, false);
+                        target.copy_from_slice(&one.words);
+                        Ok(())
+                    },
+                )?;
+            }
+            let bytes = panels.words.len() * 4;
+            (WeightData::Bf16(panels), bytes)
+        } else {
+            let mut w = vec![0f32; out * inner];
+            if inner > 0 {
+                w.par_chunks_mut(LOAD_ROWS * inner).enumerate().try_for_each(|(chunk, rows)| {
+                    let first = chunk * LOAD_ROWS;
+                    read_stacked(sources, first..first + rows.len() / inner, rows)
+                })?;
+            }
+            let bytes = w.len() * 4;
+            (WeightData::F32(w), bytes)
+        };
+        Ok(Self { out, inner, data, _held: Held::new(memory, bytes) })
+    }
+
+    /// Row `row` as f32.
+    pub(crate) fn read_row(&self, row: usize, target: &mut [f32]) {
+        match &self.data {
+            WeightData::F32(w) => target.copy_from_slice(&w[row * self.inner..(row + 1) * self.inner]),
+            WeightData::Bf16(panels) => {
+                for (k, t) in target.iter_mut().enumerate() {
+                    *t = panels.get(k, row).to_f32();
+                }
+            }
+        }
+    }
+}
+
+fn read_stacked(sources: &[&dyn WeightSource], rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+    let mut first = 0;
+    for s in sources {
+        let (start, end) = (rows.start.max(first), rows.end.min(first + s.rows()));
+        if start < end {
+            let part = &mut out[(start - rows.start) * s.cols()..(end - rows.start) * s.cols()];
+            s.read_rows(start - first..end - first, part)?;
+        }
+        first += s.rows();
+    }
+    Ok(())
+}
+
+fn c_out(c: &mut AnyViewMut<'_>) -> (COut, usize, usize) {
+    match c {
+        AnyViewMut::F32(v) => (COut { out: TileOut::F32(v.data.as_mut_ptr()), stride: v.stride }, v.rows, v.cols),
+        AnyViewMut::Bf16(v) => (COut { out: TileOut::Bf16(v.data.as_mut_ptr()), stride: v.stride }, v.rows, v.cols),
+    }
+}
+
+/// Runs `f` with the words of a row-major A; copies it first if a row does not start on a whole word or k is odd.
+fn with_a_words<R>(a: View<'_, Bf16>, scratch: &Scratch, f: impl FnOnce(AWords) -> R) -> R {
+    let k_words = a.cols.div_ceil(2);
+    if a.stride % 2 == 0 && a.cols % 2 == 0 {
+        return f(AWords { ptr: a.data.as_ptr().cast(), row_stride: a.stride / 2, k_stride: 1, rows: a.rows, k_words });
+    }
+    scratch.with_words(|words| {
+        words.clear();
+        words.reserve(a.rows * k_words);
+        for i in 0..a.rows {
+            for pair in a.row(i).chunks(2) {
+                words.push(u32::from(pair[0].0) | u32::from(pair.get(1).map_or(0, |b| b.0)) << 16);
+            }
+        }
+        f(AWords { ptr: words.as_ptr(), row_stride: k_words, k_stride: 1, rows: a.rows, k_words })
+    })
+}
+
+fn bf16(v: AnyView<'_>) -> View<'_, Bf16> {
+    match v {
+        AnyView::Bf16(v) => v,
+        AnyView::F32(_) => panic!("expected bfloat16 operands, found float32"),
+    }
+}
+
+fn f32(v: AnyView<'_>) -> View<'_, f32> {
+    match v {
+        AnyView::F32(v) => v,
+        AnyView::Bf16(_) => panic!("expected float32 operands, found bfloat16"),
+    }
+}
+
+/// How the operands of a product stand.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// a·bᵀ
+    Nt,
+    /// a·b
+    Nn,
+    /// aᵀ·b
+    Tn,
+}
+
+/// `c ← alpha·op(a)·op(b) (+ c)` in the precision of the operands.
+pub(crate) fn matmul(
+    form: Form,
+    alpha: f32,
+    a: AnyView<'_>,
+    b: AnyView<'_>,
+    accumulate: bool,
+    mut c: AnyViewMut<'_>,
+    scratch: &Scratch,
+) {
+    let (a, b) = match (a, b) {
+        (AnyView::F32(a), AnyView::F32(b)) => {
+            let AnyViewMut::F32(c) = c else { panic!("float32 operands need a float32 result") };
+            return matmul_f32(form, alpha, a, b, accumulate, c, true);
+        }
+        (a, b) => (bf16(a), bf16(b)),
+    };
+    let (out, rows, cols) = c_out(&mut c);
+    scratch.with_panels(|panels| {
+        match form {
+            Form::Nt => pack_nt(b.data, b.stride, b.rows, b.cols, panels, true),
+            Form::Nn | Form::Tn => pack_nn(b.data, b.stride, b.rows, b.cols, panels, true),
+        }
+        assert_eq!(panels.n, cols);
+        match form {
+            Form::Nt | Form::Nn => {
+                assert_eq!((a.rows, a.cols), (rows, panels.k), "a does not fit");
+                // SAFETY: a and c are views of these sizes; c is borrowed mutably.
+                with_a_words(a, scratch, |a| unsafe { gemm_bf16(alpha, a, panels, accumulate, out, true) });
+            }
+            Form::Tn => {
+                assert_eq!((a.cols, a.rows), (rows, panels.k), "a does not fit");
+                scratch.with_words(|words| {
+                    interleave_rows(a.data, a.stride, a.rows, a.cols, words, true);
+                    let k_words = a.rows.div_ceil(2);
+                    let a = AWords { ptr: words.as_ptr(), row_stride: 1, k_stride: a.cols, rows: a.cols, k_words };
+                    // SAFETY: as above; the words were just made with this geometry.
+                    unsafe { gemm_bf16(alpha, a, panels, accumulate, out, true) }
+                });
+            }
+        }
+    });
+}
+
+/// The f32 product, by the `gemm` crate.
+pub(crate) fn matmul_f32(
+    form: Form,
+    alpha: f32,
+    a: View<'_, f32>,
+    b: View<'_, f32>,
+    accumulate: bool,
+    c: ViewMut<'_, f32>,
+    parallel: bool,
+) {
+    let (m, k, a_row, a_col) = match form {
+        Form::Tn => (a.cols, a.rows, 1, a.stride),
+        _ => (a.rows, a.cols, a.stride, 1),
+    };
+    let (kb, n, b_row, b_col) = match form {
+        Form::Nt => (b.cols, b.rows, 1, b.stride),
+        _ => (b.rows, b.cols, b.stride, 1),
+    };
+    assert_eq!((m, n, k), (c.rows, c.cols, kb), "operands do not fit");
+    if m == 0 || n == 0 {
+        return;
+    }
+    let threads = if parallel { Parallelism::Rayon(0) } else { Parallelism::None };
+    // SAFETY: the views cover m × k, k × n and m × n elements with these strides; c is borrowed mutably.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.data.as_mut_ptr(),
+            1,
+            c.stride as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a_col as isize,
+            a_row as isize,
+            b.data.as_ptr(),
+            b_col as isize,
+            b_row as isize,
+            if accumulate { 1.0 } else { 0.0 },
+            alpha,
+            false,
+            false,
+            false,
+            threads,
+        );
+    }
+}
+
+pub(crate) fn linear(x: AnyView<'_>, w: &CpuWeight, accumulate: bool, mut y: AnyViewMut<'_>, scratch: &Scratch) {
+    match &w.data {
+        WeightData::Bf16(panels) => {
+            let x = bf16(x);
+            let (out, rows, cols) = c_out(&mut y);
+            assert_eq!((x.rows, x.cols, w.out), (rows, w.inner, cols), "linear: shapes do not fit");
+            // SAFETY: x and y are views of these sizes; y is borrowed mutably.
+            with_a_words(x, scratch, |a| unsafe { gemm_bf16(1.0, a, panels, accumulate, out, true) });
+        }
+        WeightData::F32(data) => {
+            let AnyViewMut::F32(y) = y else { panic!("float32 weights need a float32 result") };
+            let w = View { data, rows: w.out, cols: w.inner, stride: w.inner };
+            matmul_f32(Form::Nt, 1.0, f32(x), w, accumulate, y, true);
+        }
+    }
+}
+
+/// Rows of W whose transposed panels are held at a time: all of a layer's weights, a part of a language-model head.
+const BACKWARD_ROWS: usize = 4096;
+
+pub(crate) fn linear_backward(
+    dy: AnyView<'_>,
+    w: &CpuWeight,
+    accumulate: bool,
+    mut dx: AnyViewMut<'_>,
+    scratch: &Scratch,
+) {
+    match &w.data {
+        WeightData::Bf16(forward) => {
+            let dy = bf16(dy);
+            let (out, rows, cols) = c_out(&mut dx);
+            assert_eq!((dy.rows, dy.cols, w.inner), (rows, w.out, cols), "linear_backward: shapes do not fit");
+            scratch.with_panels(|panels| {
+                for first in (0..w.out).step_by(BACKWARD_ROWS) {
+                    let part = first..(first + BACKWARD_ROWS).min(w.out);
+                    transpose_panels(forward, part.clone(), panels);
+                    let dy = dy.part(0, dy.rows, part.start, part.len());
+                    let accumulate = accumulate || first > 0;
+                    // SAFETY: dy and dx are views of these sizes; dx is borrowed mutably.
+                    with_a_words(dy, scratch, |a| unsafe { gemm_bf16(1.0, a, panels, accumulate, out, true) });
+                }
+            });
+        }
+        WeightData::F32(data) => {
+            let AnyViewMut::F32(dx) = dx else { panic!("float32 weights need a float32 result") };
+            let w = View { data, rows: w.out, cols: w.inner, stride: w.inner };
+            matmul_f32(Form::Nn, 1.0, f32(dy), w, accumulate, dx, true);
+        }
+    }
+}

@@ -1,0 +1,65 @@
+// RMSNorm and its backward (macros S: dtype of x, T: compute dtype). One block of 256 threads a row; the second pass over
+// the row finds it in the first-level cache.
+#include "common.cuh"
+
+template <int V>
+DEVICE void rms_norm_(const S *x, i64 x_stride, const float *w, float epsilon, T *y, i64 y_stride, float *inv_rms, u32 cols) {
+    __shared__ float scratch[33];
+    i64 row = blockIdx.x;
+    x += row * x_stride, y += row * y_stride;
+    float sum = 0.0f;
+    for (u32 c = threadIdx.x * V; c < cols; c += blockDim.x * V) {
+        float v[V];
+        Lane<V, S>::load(x + c, v);
+        for (int i = 0; i < V; i++) sum += v[i] * v[i];
+    }
+    float inv = 1.0f / sqrtf(block_sum(sum, scratch) / (float)cols + epsilon);
+    for (u32 c = threadIdx.x * V; c < cols; c += blockDim.x * V) {
+        float v[V], scale[V];
+        Lane<V, S>::load(x + c, v);
+        Lane<V, float>::load(w + c, scale);
+        for (int i = 0; i < V; i++) v[i] = v[i] * inv * scale[i];
+        Lane<V, T>::store(y + c, v);
+    }
+    if (threadIdx.x == 0) inv_rms[row] = inv;
+}
+
+template <int V>
+DEVICE void rms_norm_backward_(const T *dy, i64 dy_stride, const S *x, i64 x_stride, const float *w, const float *inv_rms, float *dx,
+                               i64 dx_stride, u32 cols) {
+    __shared__ float scratch[33];
+    i64 row = blockIdx.x;
+    dy += row * dy_stride, x += row * x_stride, dx += row * dx_stride;
+    float sum = 0.0f;
+    for (u32 c = threadIdx.x * V; c < cols; c += blockDim.x * V) {
+        float g[V], v[V], scale[V];
+        Lane<V, T>::load(dy + c, g);
+        Lane<V, S>::load(x + c, v);
+        Lane<V, float>::load(w + c, scale);
+        for (int i = 0; i < V; i++) sum += g[i] * scale[i] * v[i];
+    }
+    float inv = inv_rms[row];
+    float factor = block_sum(sum, scratch) * inv / (float)cols * inv;
+    for (u32 c = threadIdx.x * V; c < cols; c += blockDim.x * V) {
+        float g[V], v[V], scale[V], d[V];
+        Lane<V, T>::load(dy + c, g);
+        Lane<V, S>::load(x + c, v);
+        Lane<V, float>::load(w + c, scale);
+        Lane<V, float>::load(dx + c, d);
+        for (int i = 0; i < V; i++) d[i] += inv * (g[i] * scale[i] - v[i] * factor);
+        Lane<V, float>::store(dx + c, d);
+    }
+}
+
+#define KERNELS(V)                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(256) rms_norm_##V(const S *x, i64 x_stride, const float *w, float epsilon, T *y, \
+                                                                   i64 y_stride, float *inv_rms, u32 cols) {                  \
+        rms_norm_<V>(x, x_stride, w, epsilon, y, y_stride, inv_rms, cols);                                                    \
+    }                                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256)                                                                         \
+        rms_norm_backward_##V(const T *dy, i64 dy_stride, const S *x, i64 x_stride, const float *w, const float *inv_rms,     \
+                              float *dx, i64 dx_stride, u32 cols) {                                                           \
+        rms_norm_backward_<V>(dy, dy_stride, x, x_stride, w, inv_rms, dx, dx_stride, cols);                                   \
+    }
+KERNELS(8)
+KERNELS(1)

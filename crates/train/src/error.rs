@@ -1,0 +1,25 @@
+//! Why training stops.
+
+use std::path::PathBuf;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Llama(#[from] cashtag_llama::Error),
+    #[error(transparent)]
+    Backend(#[from] cashtag_backend::Error),
+    #[error("cannot write {}: {source}\n  hint: free some space or choose another --output-dir; the last complete checkpoint is intact", path.display())]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{}: {what}", path.display())]
+    Checkpoint { path: PathBuf, what: String },
+    #[error("step {step}: loss or gradient is not finite for the {times}th time in a row (examples {examples:?})\n  hint: lower learning_rate, raise warmup_steps, or use bf16 or f32; the last good checkpoint is kept")]
+    NotFinite { step: usize, times: usize, examples: Vec<usize> },
+    #[error("{0}")]
+    Invalid(String),
+}
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;

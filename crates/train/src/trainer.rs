@@ -1,0 +1,440 @@
+//! The loop.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use cashtag_backend::{AdamW, Backend, Dtype};
+use cashtag_llama::adapter::{Adapter, ClassifierConfig};
+use cashtag_llama::lora::Lora;
+use cashtag_llama::model::{Checkpointing, Llama, Purpose, TrainPass, Workspace};
+use cashtag_llama::packing::{TokenizedExample, bins, pack, shared_tokens};
+
+use crate::arguments::{SaveStrategy, TrainingArguments};
+use crate::checkpoint::{self, OptimizerState, Position};
+use crate::error::{Error, Result};
+use crate::order::step_examples;
+use crate::schedule::learning_rate;
+use crate::state::{LogEntry, TrainerState};
+
+/// What one optimizer step did.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    /// Counted from 1.
+    pub step: usize,
+    pub total_steps: usize,
+    pub epoch: f64,
+    /// Mean loss of a label token in this step.
+    pub loss: f64,
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    pub examples: usize,
+    /// Rows that were computed (the shared prefix once each micro-batch).
+    pub rows: usize,
+    pub seconds: f64,
+}
+
+/// Who watches a run. All methods have a default that does nothing.
+pub trait Observer<B: Backend> {
+    fn step(&mut self, _report: &StepReport) {}
+    /// A new entry of `log_history`.
+    fn log(&mut self, _entry: &LogEntry) {}
+    /// More metrics of an evaluation, by names that begin with `eval_`.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn evaluate(&mut self, _lora: &Lora<B>) -> Result<LogEntry> {
+        Ok(LogEntry::new())
+    }
+    fn saved(&mut self, _path: &Path) {}
+    fn warn(&mut self, _message: &str) {}
+    /// Asked after each step; `true` saves a checkpoint and ends the run.
+    fn should_stop(&mut self) -> bool {
+        false
+    }
+}
+
+/// Why the loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    Finished,
+    EarlyStopped,
+    Interrupted,
+}
+
+#[derive(Clone, Debug)]
+pub struct TrainOutcome {
+    pub reason: EndReason,
+    pub state: TrainerState,
+    pub seconds: f64,
+    /// Step whose parameters the adapter holds now (the best one if that was asked for).
+    pub step: usize,
+    pub skipped_steps: usize,
+}
+
+/// Steps in a row that may overflow or be NaN before the run gives up.
+const MAX_BAD_STEPS: usize = 8;
+const FIRST_LOSS_SCALE: f32 = 65536.0;
+const LOSS_SCALE_GROWTH: usize = 2000;
+
+/// A run: a frozen model, an adapter in training, the data, and where the files go.
+pub struct Trainer<'a, B: Backend> {
+    pub backend: &'a B,
+    pub model: &'a Llama<B>,
+    pub lora: Lora<B>,
+    pub train: Vec<TokenizedExample>,
+    pub eval: Vec<TokenizedExample>,
+    /// Tokens that the examples start with.
+    pub prefix: Vec<u32>,
+    pub arguments: TrainingArguments,
+    pub checkpointing: Checkpointing,
+    pub run_dir: PathBuf,
+    pub base_model: Option<String>,
+    pub classifier: Option<ClassifierConfig>,
+    /// Identifies model, data and arguments: a checkpoint of anything else is refused.
+    pub fingerprint: String,
+    /// Go on from the newest checkpoint in `run_dir` if there is one.
+    pub resume: bool,
+}
+
+struct Loop {
+    position: Position,
+    order: Option<(usize, Vec<usize>)>,
+    bad_steps: usize,
+    skipped: usize,
+    started: Instant,
+    early_stop: bool,
+}
+
+impl<B: Backend> Trainer<'_, B> {
+    /// Rows of the largest micro-batch: what the workspace must hold.
+    fn capacity(&self) -> usize {
+        let a = &self.arguments;
+        let shared = |e: &TokenizedExample| shared_tokens(e, &self.prefix, a.train_on);
+        let longest = self.train.iter().chain(&self.eval).map(|e| e.tokens.len()).max().unwrap_or(1);
+        if a.packing {
+            return a.max_tokens_per_batch.max(longest);
+        }
+        let mut own: Vec<usize> = self.train.iter().map(|e| e.tokens.len() - shared(e)).collect();
+        own.sort_unstable_by(|a, b| b.cmp(a));
+        let largest: usize = own.iter().take(a.per_device_train_batch_size).sum();
+        (largest + self.prefix.len()).max(longest)
+    }
+
+    fn micro_batches(&self, examples: &[&TokenizedExample]) -> Vec<std::ops::Range<usize>> {
+        let a = &self.arguments;
+        let (tokens, count) =
+            if a.packing { (a.max_tokens_per_batch, usize::MAX) } else { (usize::MAX, a.per_device_train_batch_size) };
+        bins(examples, &self.prefix, a.train_on, tokens, count)
+    }
+
+    /// Runs to the end, to an early stop or until the observer asks to stop.
+    ///
+    /// # Errors
+    /// No training data, a device that fails, a file system that refuses, too many non-finite steps in a row.
+    pub fn run(&mut self, observer: &mut dyn Observer<B>) -> Result<TrainOutcome> {
+        let n = self.train.len();
+        if n == 0 {
+            return Err(Error::Invalid("there are no training examples\n  hint: check --data, or raise train_examples".into()));
+        }
+        std::fs::create_dir_all(&self.run_dir).map_err(|source| Error::Write { path: self.run_dir.clone(), source })?;
+        let total = self.arguments.total_steps(n);
+        let mut ws = self.model.workspace(
+            self.backend,
+            self.capacity(),
+            Purpose::Training(self.checkpointing),
+            Some(&self.lora),
+        )?;
+        let fp16 = self.backend.compute_dtype() == Dtype::F16;
+        let mut l = Loop {
+            position: Position {
+                state: TrainerState { max_steps: total, ..Default::default() },
+                micro_step: 0,
+                optimizer_step: 0,
+                loss_scale: if fp16 { FIRST_LOSS_SCALE } else { 1.0 },
+                steps_since_overflow: 0,
+                window: (0.0, 0),
+                fingerprint: self.fingerprint.clone(),
+            },
+            order: None,
+            bad_steps: 0,
+            skipped: 0,
+            started: Instant::now(),
+            early_stop: false,
+        };
+        if self.resume {
+            let sizes = [self.lora.a.len, self.lora.b.len];
+            if let Some(found) = checkpoint::newest(&self.run_dir, sizes, &self.fingerprint, |w| observer.warn(&w))? {
+                found.optimizer.upload(self.backend, &mut self.lora)?;
+                l.position = found.position;
+                l.early_stop = self.is_out_of_patience(&l.position.state);
+            }
+        }
+        let mut reason = EndReason::Finished;
+        while l.position.state.global_step < total {
+            if l.early_stop {
+                reason = EndReason::EarlyStopped;
+                break;
+            }
+            let report = self.step(&mut l, total, &mut ws, observer)?;
+            observer.step(&report);
+            let step = l.position.state.global_step;
+            let a = &self.arguments;
+            let epoch_end = step.is_multiple_of(a.steps_per_epoch(n)) || step == total;
+            let due = |strategy: SaveStrategy, steps: usize| match strategy {
+                SaveStrategy::No => false,
+                SaveStrategy::Steps => step.is_multiple_of(steps.max(1)),
+                SaveStrategy::Epoch => epoch_end,
+            };
+            let (evaluate, save) = (due(a.eval_strategy, a.eval_steps), due(a.save_strategy, a.save_steps));
+            if step.is_multiple_of(a.logging_steps.max(1)) || step == total {
+                self.log_window(&mut l, &report, observer);
+            }
+            // The best model can only be loaded at the end if each evaluated state is kept.
+            let keep_best = a.load_best_model_at_end && a.eval_strategy != SaveStrategy::No;
+            let mut better = false;
+            if (evaluate || (step == total && keep_best)) && !self.eval.is_empty() {
+                better = self.evaluate(&mut l, &mut ws, observer)?;
+                l.early_stop = self.is_out_of_patience(&l.position.state);
+            }
+            let stop = observer.should_stop();
+            let last = step == total || l.early_stop;
+            if save || stop || (keep_best && better) || (last && self.arguments.save_strategy != SaveStrategy::No) {
+                self.save(&l.position, observer)?;
+            }
+            if stop && !last {
+                reason = EndReason::Interrupted;
+                break;
+            }
+        }
+        if l.early_stop && reason == EndReason::Finished {
+            reason = EndReason::EarlyStopped;
+        }
+        let mut step = l.position.state.global_step;
+        if reason != EndReason::Interrupted
+            && self.arguments.load_best_model_at_end
+            && let (Some(best), Some(dir)) = (l.position.state.best_global_step, &l.position.state.best_model_checkpoint)
+            && best != step
+        {
+            let best_state = checkpoint::load(Path::new(dir), [self.lora.a.len, self.lora.b.len])?;
+            best_state.optimizer.upload(self.backend, &mut self.lora)?;
+            step = best;
+        }
+        let seconds = l.started.elapsed().as_secs_f64();
+        Ok(TrainOutcome { reason, state: l.position.state, seconds, step, skipped_steps: l.skipped })
+    }
+
+    fn is_out_of_patience(&self, state: &TrainerState) -> bool {
+        self.arguments.early_stopping_patience.is_some_and(|p| state.evaluations_without_gain >= p)
+    }
+
+    /// One optimizer step.
+    fn step(
+        &mut self,
+        l: &mut Loop,
+        total: usize,
+        ws: &mut Workspace<B>,
+        observer: &mut dyn Observer<B>,
+    ) -> Result<StepReport> {
+        let start = Instant::now();
+        let a = self.arguments.clone();
+        let n = self.train.len();
+        let step = l.position.state.global_step;
+        let chosen = step_examples(n, a.examples_per_step(), a.seed, step, &mut l.order);
+        self.lora.zero_grad(self.backend)?;
+        let (mut loss, mut tokens, mut rows) = (0.0, 0.0, 0);
+        {
+            let examples: Vec<&TokenizedExample> = chosen.iter().map(|&i| &self.train[i]).collect();
+            let batches = self.micro_batches(&examples);
+            let packed: Vec<_> =
+                batches.into_iter().map(|range| pack(&examples[range], &self.prefix, a.train_on)).collect();
+            for batch in &packed {
+                let pass = TrainPass {
+                    random: Some((a.seed, l.position.micro_step)),
+                    label_smoothing: a.label_smoothing_factor,
+                    loss_scale: l.position.loss_scale,
+                };
+                let losses = self.model.forward_backward(self.backend, batch, &mut self.lora, pass, ws)?;
+                l.position.micro_step += 1;
+                loss += losses.sum();
+                tokens += batch.weights.iter().map(|&w| f64::from(w)).sum::<f64>();
+                rows += batch.rows();
+            }
+        }
+        let tokens = if tokens > 0.0 { tokens } else { 1.0 };
+        let loss = loss / tokens;
+        let unscale = 1.0 / (tokens * f64::from(l.position.loss_scale));
+        let grad_norm = self.lora.grad_norm(self.backend)? * unscale;
+        let rate = learning_rate(&a, step, total);
+        if loss.is_finite() && grad_norm.is_finite() {
+            let clip = if a.max_grad_norm > 0.0 && grad_norm > a.max_grad_norm {
+                a.max_grad_norm / (grad_norm + 1e-6)
+            } else {
+                1.0
+            };
+            l.position.optimizer_step += 1;
+            let hyper = AdamW {
+                learning_rate: rate as f32,
+                beta1: a.adam_beta1 as f32,
+                beta2: a.adam_beta2 as f32,
+                epsilon: a.adam_epsilon as f32,
+                weight_decay: a.weight_decay as f32,
+                step: l.position.optimizer_step,
+                gradient_scale: (unscale * clip) as f32,
+            };
+            self.lora.step(self.backend, hyper, a.loraplus_lr_ratio)?;
+            l.bad_steps = 0;
+            l.position.steps_since_overflow += 1;
+            let scaled = l.position.loss_scale != 1.0 || self.backend.compute_dtype() == Dtype::F16;
+            if scaled && l.position.steps_since_overflow >= LOSS_SCALE_GROWTH {
+                l.position.loss_scale *= 2.0;
+                l.position.steps_since_overflow = 0;
+            }
+            l.position.window.0 += loss;
+            l.position.window.1 += 1;
+        } else {
+            l.bad_steps += 1;
+            l.skipped += 1;
+            l.position.steps_since_overflow = 0;
+            let fp16 = self.backend.compute_dtype() == Dtype::F16;
+            if l.bad_steps > MAX_BAD_STEPS {
+                return Err(Error::NotFinite { step: step + 1, times: l.bad_steps, examples: chosen });
+            }
+            if fp16 && loss.is_finite() {
+                l.position.loss_scale = (l.position.loss_scale / 2.0).max(1.0);
+                observer.warn(&format!(
+                    "step {}: gradients overflowed in fp16; skipped, loss scale is now {}",
+                    step + 1,
+                    l.position.loss_scale
+                ));
+            } else {
+                observer.warn(&format!(
+                    "step {}: loss {loss} and gradient norm {grad_norm} are not finite; skipped (examples {chosen:?})",
+                    step + 1
+                ));
+            }
+        }
+        let state = &mut l.position.state;
+        state.global_step += 1;
+        state.epoch = epoch_of(state.global_step, n, a.examples_per_step());
+        state.num_input_tokens_seen += rows as u64;
+        Ok(StepReport {
+            step: state.global_step,
+            total_steps: total,
+            epoch: state.epoch,
+            loss,
+            grad_norm,
+            learning_rate: rate,
+            examples: chosen.len(),
+            rows,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    fn log_window(&self, l: &mut Loop, report: &StepReport, observer: &mut dyn Observer<B>) {
+        let (sum, count) = std::mem::take(&mut l.position.window);
+        if count == 0 {
+            return;
+        }
+        let entry = LogEntry::from([
+            ("epoch".into(), report.epoch),
+            ("grad_norm".into(), report.grad_norm),
+            ("learning_rate".into(), report.learning_rate),
+            ("loss".into(), sum / count as f64),
+            ("step".into(), report.step as f64),
+        ]);
+        observer.log(&entry);
+        l.position.state.log_history.push(entry);
+    }
+
+    /// Mean loss of a label token over the evaluation part, without dropout.
+    pub fn eval_loss(&self, ws: &mut Workspace<B>) -> Result<f64> {
+        let examples: Vec<&TokenizedExample> = self.eval.iter().collect();
+        let a = &self.arguments;
+        let capacity = if a.packing { a.max_tokens_per_batch } else { self.capacity() };
+        let (mut loss, mut tokens) = (0.0, 0.0);
+        for range in bins(&examples, &self.prefix, a.train_on, capacity, usize::MAX) {
+            let batch = pack(&examples[range], &self.prefix, a.train_on);
+            loss += self.model.loss(self.backend, &batch, Some(&self.lora), 0.0, ws)?.sum();
+            tokens += batch.weights.iter().map(|&w| f64::from(w)).sum::<f64>();
+        }
+        Ok(loss / f64::max(tokens, 1.0))
+    }
+
+    /// Evaluates, logs, keeps score; whether this is the best so far.
+    fn evaluate(&mut self, l: &mut Loop, ws: &mut Workspace<B>, observer: &mut dyn Observer<B>) -> Result<bool> {
+        let start = Instant::now();
+        let loss = self.eval_loss(ws)?;
+        let mut entry = observer.evaluate(&self.lora)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let state = &mut l.position.state;
+        entry.insert("eval_loss".into(), loss);
+        entry.insert("eval_runtime".into(), seconds);
+        entry.insert("eval_samples_per_second".into(), self.eval.len() as f64 / seconds.max(1e-9));
+        entry.insert("epoch".into(), state.epoch);
+        entry.insert("step".into(), state.global_step as f64);
+        observer.log(&entry);
+        let metric = self.arguments.metric_for_best_model.clone();
+        let metric = if metric.starts_with("eval_") { metric } else { format!("eval_{metric}") };
+        let Some(&value) = entry.get(&metric) else {
+            return Err(Error::Invalid(format!(
+                "metric_for_best_model is {metric:?}, but an evaluation gives {}\n  hint: choose one of these",
+                entry.keys().filter(|k| k.starts_with("eval_")).cloned().collect::<Vec<_>>().join(", ")
+            )));
+        };
+        state.log_history.push(entry);
+        let better = |new: f64, old: f64, threshold: f64| {
+            if self.arguments.is_greater_better() { new > old + threshold } else { new < old - threshold }
+        };
+        // As Transformers: the best is any gain, patience counts gains above the threshold.
+        let old = state.best_metric;
+        if old.is_none_or(|old| better(value, old, self.arguments.early_stopping_threshold)) {
+            state.evaluations_without_gain = 0;
+        } else {
+            state.evaluations_without_gain += 1;
+        }
+        let best = old.is_none_or(|old| better(value, old, 0.0));
+        if best {
+            state.best_metric = Some(value);
+            state.best_global_step = Some(state.global_step);
+            let dir = self.run_dir.join(format!("checkpoint-{}", state.global_step));
+            state.best_model_checkpoint = Some(dir.display().to_string());
+        }
+        Ok(best)
+    }
+
+    /// The adapter as it is now, with what a classifier needs.
+    pub fn adapter(&self) -> Result<Adapter> {
+        Ok(Adapter {
+            lora: self.lora.config.clone(),
+            tensors: self.lora.tensors(self.backend)?,
+            base_model: self.base_model.clone(),
+            classifier: self.classifier.clone(),
+        })
+    }
+
+    fn save(&self, position: &Position, observer: &mut dyn Observer<B>) -> Result<()> {
+        let optimizer = OptimizerState::download(self.backend, &self.lora)?;
+        let config = self.model.config();
+        let path = checkpoint::save(&self.run_dir, &self.adapter()?, config, &optimizer, position, &self.arguments)?;
+        observer.saved(&path);
+        let Some(limit) = self.arguments.save_total_limit else { return Ok(()) };
+        // The newest and, if it is to be loaded at the end, the best are kept whatever the limit.
+        let best = position.state.best_global_step.filter(|_| self.arguments.load_best_model_at_end);
+        let newest = position.state.global_step;
+        let mut others: Vec<(usize, PathBuf)> =
+            checkpoint::list(&self.run_dir).into_iter().filter(|(s, _)| *s != newest && Some(*s) != best).collect();
+        let kept = 1 + usize::from(best.is_some_and(|b| b != newest));
+        while others.len() + kept > limit.max(1) && !others.is_empty() {
+            let (_, old) = others.remove(0);
+            if let Err(e) = std::fs::remove_dir_all(&old) {
+                observer.warn(&format!("cannot remove the old checkpoint {}: {e}", old.display()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn epoch_of(step: usize, examples: usize, per_step: usize) -> f64 {
+    let per_epoch = examples.div_ceil(per_step);
+    step as f64 / per_epoch as f64
+}
