@@ -13,7 +13,7 @@ DEVICE float dot(const float *a, const T *b, u32 n) {
 }
 
 // Grid (tiles, heads), four warps that take every fourth row of the tile.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 4)
     attention_any_forward(const Tile *tiles, View q, View k, View v, ViewMut o, float *lse, u32 heads, u32 group, u32 head_dim, float scale) {
     __shared__ float rows[4][MAX_HEAD];
     const Tile t = tiles[blockIdx.x];
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 4)
     attention_any_backward_q(const Tile *tiles, View q, View k, View v, View o, View d_o, ViewMut dq, const float *lse, float *delta,
                              u32 heads, u32 group, u32 head_dim, float scale) {
     __shared__ float rows[4][2][MAX_HEAD];
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 // Grid (items, kv_heads), four warps that take every fourth key of the item.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 4)
     attention_any_backward_kv(const KeyItem *items, View q, View k, View v, View d_o, ViewMut dk, ViewMut dv, const float *lse,
                               const float *delta, const u32 *visible, u32 heads, u32 group, u32 head_dim, float scale) {
     __shared__ float rows[4][2][MAX_HEAD];

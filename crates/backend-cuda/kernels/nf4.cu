@@ -53,12 +53,13 @@ struct Scales {
     const float *absmax;
     const u8 *codes;
     const float *map;
+    // One of each for 256 blocks.
     const float *nested;
     const float *offset;
 };
 DEVICE float scale_of(const Scales &s, u64 block) {
     if (!s.codes) return s.absmax[block];
-    return s.map[s.codes[block]] * s.nested[block / 256] + *s.offset;
+    return s.map[s.codes[block]] * s.nested[block / 256] + s.offset[block / 256];
 }
 
 // Columns `column .. column + cols` of rows `row .. row + gridDim.x / chunks` of a matrix with `inner` columns, as T into `out`.
@@ -109,20 +110,20 @@ extern "C" __global__ void __launch_bounds__(256)
     out[p.row * stride + p.column] = value;
 }
 
-// Double quantisation of `blocks` absmax values: subtract the mean, scale by the largest of 256, nearest entry of the sorted
-// `map`. One block of 256 threads for 256 values.
+// Double quantisation of the `blocks` absmax values of one tensor: subtract their mean, scale by the largest of 256, nearest entry of
+// the sorted `map`. One block of 256 threads for 256 values.
 extern "C" __global__ void __launch_bounds__(256)
-    nf4_double_quantize(const float *absmax, u64 blocks, const float *offset, const float *map, u8 *codes, float *nested) {
+    nf4_double_quantize(const float *absmax, u64 blocks, const float *mean, const float *map, u8 *codes, float *nested, float *offset) {
     __shared__ float levels[256];
     __shared__ float scratch[8];
     levels[threadIdx.x] = map[threadIdx.x];
     u64 i = (u64)blockIdx.x * 256 + threadIdx.x;
-    float v = i < blocks ? absmax[i] - *offset : 0.0f;
+    float v = i < blocks ? absmax[i] - *mean : 0.0f;
     float max = warp_max(fabsf(v));
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = max;
     __syncthreads();
     for (int w = 0; w < 8; w++) max = fmaxf(max, scratch[w]);
-    if (threadIdx.x == 0) nested[blockIdx.x] = max;
+    if (threadIdx.x == 0) nested[blockIdx.x] = max, offset[blockIdx.x] = *mean;
     float x = max > 0.0f ? v * reciprocal_fast(max) : 0.0f;
     u32 low = 0, high = 255;
     while (high - low > 1) {

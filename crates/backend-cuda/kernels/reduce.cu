@@ -16,13 +16,14 @@ template <bool SQUARES> DEVICE void partial_(const float *x, u64 len, double *pa
     __shared__ double scratch[8];
     double total = 0.0;
     u64 step = (u64)gridDim.x * 1024;
+    bool aligned = (u64)x % 16 == 0;
     for (u64 i = ((u64)blockIdx.x * 256 + threadIdx.x) * 4; i < len; i += step) {
         float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (i + 4 <= len) {
+        if (aligned && i + 4 <= len) {
             float4 w = *(const float4 *)(x + i);
             v[0] = w.x, v[1] = w.y, v[2] = w.z, v[3] = w.w;
         } else {
-            for (u32 j = 0; i + j < len; j++) v[j] = x[i + j];
+            for (u32 j = 0; j < 4 && i + j < len; j++) v[j] = x[i + j];
         }
         float sum = SQUARES ? (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]) : (v[0] + v[1]) + (v[2] + v[3]);
         total += (double)sum;

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use crate::clean::normalised_key;
 use crate::error::Result;
 use crate::example::{Example, LABELS, label_index};
-use crate::minhash::{BANDS, Signature, Sketch, filter_passes, similarity};
+use crate::minhash::{BANDS, FILTER, Signature, Sketch, filter_passes, similarity};
 
 /// Up to how many rows near copies are searched without approximation.
 const EXACT_SEARCH: usize = 20_000;
@@ -72,9 +72,9 @@ pub struct Dedup {
 /// Finds the duplicates among `examples`. Labels outside [`LABELS`] count as one further label.
 pub fn find_duplicates(examples: &[Example], options: &DedupOptions) -> Dedup {
     let keys: Vec<String> = examples.par_iter().map(|example| normalised_key(&example.text)).collect();
+    let features: Vec<Features> = keys.par_iter().map(|key| Features::of(key, &Sketch::of_key(key))).collect();
     let mut table = Table::default();
-    for (features, example) in keys.par_iter().map(|key| Features::of_key(key)).collect::<Vec<_>>().iter().zip(examples)
-    {
+    for (features, example) in features.iter().zip(examples) {
         table.push(features, &example.label, example.pair.as_deref());
     }
     let result = table.resolve(options, &|row| Ok(keys.get(row as usize).cloned().unwrap_or_default()));
@@ -88,8 +88,8 @@ pub(crate) struct Features {
 }
 
 impl Features {
-    pub(crate) fn of_key(key: &str) -> Self {
-        Self { key: stable_hash(key), signature: Signature::of(&Sketch::of_key(key)) }
+    pub(crate) fn of(key: &str, sketch: &Sketch) -> Self {
+        Self { key: stable_hash(key), signature: Signature::of(sketch) }
     }
 }
 
@@ -103,7 +103,9 @@ pub(crate) fn stable_hash(text: &str) -> u64 {
 #[derive(Default)]
 pub(crate) struct Table {
     keys: Vec<u64>,
-    signatures: Vec<Signature>,
+    /// One column a band, so that a band is read in order.
+    bands: [Vec<u32>; BANDS],
+    filters: Vec<[u8; FILTER]>,
     labels: Vec<u8>,
     /// Hash of the `pair`, 0 for none.
     pairs: Vec<u64>,
@@ -116,14 +118,27 @@ impl Table {
 
     pub(crate) fn push(&mut self, features: &Features, label: &str, pair: Option<&str>) {
         self.keys.push(features.key);
-        self.signatures.push(features.signature.clone());
+        for (column, band) in self.bands.iter_mut().zip(&features.signature.bands) {
+            column.push(*band);
+        }
+        self.filters.push(features.signature.filter);
         self.labels.push(label_index(label).unwrap_or(LABELS.len()) as u8);
         self.pairs.push(pair.map_or(0, |pair| stable_hash(pair).max(1)));
     }
 
+    /// Hash of the normalised key of a row.
+    pub(crate) fn key(&self, row: u32) -> u64 {
+        self.keys[row as usize]
+    }
+
+    /// Number of the label of a row.
+    pub(crate) fn label(&self, row: u32) -> u8 {
+        self.labels[row as usize]
+    }
+
     /// `key_of` gives the normalised key of a row; it is called for candidates only, from several threads.
     pub(crate) fn resolve(
-        self,
+        &self,
         options: &DedupOptions,
         key_of: &(dyn Fn(u32) -> Result<String> + Sync),
     ) -> Result<Dedup> {
@@ -216,12 +231,14 @@ impl Table {
         key_of: &(dyn Fn(u32) -> Result<String> + Sync),
         state: &mut State,
     ) -> Result<()> {
-        let mut order: Vec<u32> = state.kept().collect();
-        for band in 0..BANDS {
-            let hash = |row: &u32| self.signatures[*row as usize].bands[band];
-            order.par_sort_unstable_by_key(|row| (hash(row), *row));
-            let buckets: Vec<&[u32]> =
-                order.chunk_by(|a, b| hash(a) == hash(b)).filter(|bucket| bucket.len() > 1).collect();
+        let kept: Vec<u32> = state.kept().collect();
+        for band in &self.bands {
+            // Hash and row in one number: sorting moves nothing but these.
+            let mut order: Vec<u64> =
+                kept.iter().map(|row| u64::from(band[*row as usize]) << 32 | u64::from(*row)).collect();
+            order.par_sort_unstable();
+            let buckets: Vec<&[u64]> =
+                order.chunk_by(|a, b| a >> 32 == b >> 32).filter(|bucket| bucket.len() > 1).collect();
             // Roots as they stand before the band: threads only read them.
             let roots = state.near.roots();
             // In batches, so that what the threads have found never grows with the number of rows.
@@ -243,14 +260,14 @@ impl Table {
         &self,
         options: &DedupOptions,
         key_of: &(dyn Fn(u32) -> Result<String> + Sync),
-        bucket: &[u32],
+        bucket: &[u64],
         roots: &[u32],
     ) -> Result<Vec<(u32, u32, f64)>> {
         let bound = options.related.min(options.near);
         let mut representatives: Vec<(u32, Option<Sketch>)> = Vec::new();
         let mut found = Vec::new();
-        for row in bucket.iter().copied() {
-            let filter = &self.signatures[row as usize].filter;
+        for row in bucket.iter().map(|entry| *entry as u32) {
+            let filter = &self.filters[row as usize];
             let mut sketch: Option<Sketch> = None;
             let mut represented = false;
             for (other, other_sketch) in &mut representatives {
@@ -258,7 +275,7 @@ impl Table {
                     represented = true;
                     continue;
                 }
-                if !filter_passes(filter, &self.signatures[*other as usize].filter, bound) {
+                if !filter_passes(filter, &self.filters[*other as usize], bound) {
                     continue;
                 }
                 let mine = match &mut sketch {

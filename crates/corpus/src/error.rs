@@ -15,12 +15,8 @@ pub enum Error {
     File { path: PathBuf, line: Option<u64>, message: String },
 
     /// Another process holds the journal.
-    #[error(
-        "{} is in use by another run{}\n  hint: wait for it, or give this run another output directory",
-        path.display(),
-        owner.map(|pid| format!(" (process {pid})")).unwrap_or_default()
-    )]
-    Locked { path: PathBuf, owner: Option<u32> },
+    #[error("{} is in use by another run\n  hint: wait for it, or give this run another output directory", path.display())]
+    Locked { path: PathBuf },
 
     /// The chat-completions server could not be used.
     #[error(transparent)]

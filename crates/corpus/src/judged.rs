@@ -1,6 +1,9 @@
 //! The seven sentences by which a model of this project is judged. They and near copies of them are in no training
 //! data: the generator rejects them, `prepare` drops them, and a test looks for them in the built-in corpus.
 
+use std::sync::LazyLock;
+
+use crate::clean::normalised_key;
 use crate::minhash::{Sketch, similarity};
 
 /// (sentence, expected label).
@@ -20,18 +23,54 @@ const JUDGED_SIMILARITY: f64 = 0.45;
 
 /// The judged sentence that `text` is, contains, or nearly copies.
 pub fn judged_near(text: &str) -> Option<&'static str> {
-    use std::sync::LazyLock;
-    static SKETCHES: LazyLock<Vec<(Sketch, String)>> = LazyLock::new(|| {
-        JUDGED.iter().map(|(text, _)| (Sketch::of(text), crate::clean::normalised_key(text))).collect()
-    });
-    let key = crate::clean::normalised_key(text);
-    let sketch = Sketch::of_key(&key);
-    SKETCHES
-        .iter()
-        .position(|(judged, judged_key)| {
-            key.contains(judged_key.as_str()) || similarity(judged, &sketch) >= JUDGED_SIMILARITY
-        })
-        .map(|index| JUDGED[index].0)
+    let key = normalised_key(text);
+    judged_near_key(&key, &Sketch::of_key(&key))
+}
+
+/// [`judged_near`] for a text whose key and sketch are known.
+pub(crate) fn judged_near_key(key: &str, sketch: &Sketch) -> Option<&'static str> {
+    static JUDGES: LazyLock<Judges> = LazyLock::new(Judges::new);
+    JUDGES.find(key, sketch)
+}
+
+struct Judges {
+    sentences: Vec<(Sketch, String)>,
+    /// One bit for each value of the lower half of a shingle that occurs in a judged sentence.
+    bits: Vec<u64>,
+    /// A text with fewer shingles among the bits is near none of them.
+    fewest: usize,
+}
+
+impl Judges {
+    fn new() -> Self {
+        let sentences: Vec<(Sketch, String)> =
+            JUDGED.iter().map(|(text, _)| (Sketch::of(text), normalised_key(text))).collect();
+        let mut bits = vec![0u64; (1 << 16) / 64];
+        for shingle in sentences.iter().flat_map(|(sketch, _)| sketch.shingles()) {
+            let low = (shingle & 0xFFFF) as usize;
+            bits[low / 64] |= 1 << (low % 64);
+        }
+        let shortest = sentences.iter().map(|(sketch, _)| sketch.shingles().len()).min().unwrap_or(0);
+        // To contain a sentence is to share all its shingles but the two at its ends; to be similar is to share a part.
+        let fewest = ((shortest as f64 * JUDGED_SIMILARITY) as usize).min(shortest.saturating_sub(2));
+        Self { sentences, bits, fewest }
+    }
+
+    fn find(&self, key: &str, sketch: &Sketch) -> Option<&'static str> {
+        let known = |shingle: &&u32| {
+            let low = (**shingle & 0xFFFF) as usize;
+            self.bits[low / 64] >> (low % 64) & 1 == 1
+        };
+        if sketch.shingles().iter().filter(known).count() < self.fewest {
+            return None;
+        }
+        self.sentences
+            .iter()
+            .position(|(judged, judged_key)| {
+                key.contains(judged_key.as_str()) || similarity(judged, sketch) >= JUDGED_SIMILARITY
+            })
+            .map(|index| JUDGED[index].0)
+    }
 }
 
 #[cfg(test)]

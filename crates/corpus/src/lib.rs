@@ -15,21 +15,32 @@
 //! Invariants: no function panics on what comes from a file or a server; sizes are checked before anything is
 //! allocated; whatever is random is keyed by a seed; a file is either the old one or the whole new one.
 
+mod backoff;
+mod budget;
 mod builtin;
+mod card;
+pub mod chat_api;
 mod clean;
 mod dedup;
 mod error;
 mod example;
 pub mod formats;
+pub mod generate;
+pub mod journal;
 mod judged;
 mod labels;
 mod minhash;
 pub mod parse;
+pub mod prepare;
+pub mod recipe;
 mod rng;
 mod sample;
 mod split;
+mod spool;
 mod stats;
 
+pub use backoff::RetryPolicy;
+pub use budget::{Price, Totals};
 pub use builtin::{HELD_OUT_SHARE, builtin, builtin_split};
 pub use clean::{CleanOptions, clean_text, normalised_key};
 pub use dedup::{Dedup, DedupOptions, Fate, NearIndex, find_duplicates};

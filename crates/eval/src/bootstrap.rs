@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::judged::Checked;
+use crate::judged::{Checked, Outcome};
 use crate::rng::SplitMix64;
 
 /// Resamples behind every interval.
@@ -86,10 +86,10 @@ impl Tally {
         self.examples = 0;
     }
 
-    pub(crate) fn add(&mut self, one: &Checked) {
-        self.truth[one.truth as usize] += 1;
-        self.predicted[one.predicted as usize] += 1;
-        self.right[one.truth as usize] += u64::from(one.right());
+    pub(crate) fn add(&mut self, one: &Outcome) {
+        self.truth[usize::from(one.truth)] += 1;
+        self.predicted[usize::from(one.predicted)] += 1;
+        self.right[usize::from(one.truth)] += u64::from(one.right());
         self.loss += one.loss;
         self.examples += 1;
     }
@@ -150,6 +150,7 @@ impl ScoreIntervals {
 
 /// Scores of `checked` (not empty) with their intervals.
 pub(crate) fn intervals(checked: &[Checked], point: Scores, labels: usize, seed: u64) -> ScoreIntervals {
+    let outcomes: Vec<Outcome> = checked.iter().map(|c| c.outcome).collect();
     let samples: Vec<Scores> = (0..RESAMPLES as u64)
         .into_par_iter()
         .map_init(
@@ -157,8 +158,8 @@ pub(crate) fn intervals(checked: &[Checked], point: Scores, labels: usize, seed:
             |tally, number| {
                 tally.clear();
                 let mut rng = SplitMix64::stream(seed, number);
-                for _ in 0..checked.len() {
-                    tally.add(&checked[rng.below(checked.len())]);
+                for _ in 0..outcomes.len() {
+                    tally.add(&outcomes[rng.below(outcomes.len())]);
                 }
                 tally.scores()
             },
@@ -170,7 +171,7 @@ pub(crate) fn intervals(checked: &[Checked], point: Scores, labels: usize, seed:
 /// Differences b − a of the scores with their intervals; every resample draws the same texts for both (paired).
 /// Both slices have the same length, which is not zero.
 pub(crate) fn paired(a: &[Checked], b: &[Checked], point: Scores, labels: usize, seed: u64) -> ScoreIntervals {
-    let n = a.len().min(b.len());
+    let pairs: Vec<(Outcome, Outcome)> = a.iter().zip(b).map(|(a, b)| (a.outcome, b.outcome)).collect();
     let samples: Vec<Scores> = (0..RESAMPLES as u64)
         .into_par_iter()
         .map_init(
@@ -179,10 +180,10 @@ pub(crate) fn paired(a: &[Checked], b: &[Checked], point: Scores, labels: usize,
                 tally_a.clear();
                 tally_b.clear();
                 let mut rng = SplitMix64::stream(seed, number);
-                for _ in 0..n {
-                    let at = rng.below(n);
-                    tally_a.add(&a[at]);
-                    tally_b.add(&b[at]);
+                for _ in 0..pairs.len() {
+                    let (a, b) = &pairs[rng.below(pairs.len())];
+                    tally_a.add(a);
+                    tally_b.add(b);
                 }
                 tally_b.scores().minus(tally_a.scores())
             },

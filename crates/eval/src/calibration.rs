@@ -33,7 +33,7 @@ pub(crate) fn reliability(checked: &[Checked]) -> (Vec<Bin>, f64) {
         let bin = ((one.confidence * RELIABILITY_BINS as f64).ceil() as usize).clamp(1, RELIABILITY_BINS) - 1;
         sums[bin].0 += 1;
         sums[bin].1 += one.confidence;
-        sums[bin].2 += u64::from(one.right());
+        sums[bin].2 += u64::from(one.outcome.right());
     }
     let mut error = 0.0;
     let bins = sums

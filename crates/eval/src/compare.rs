@@ -47,7 +47,7 @@ pub fn compare(a: &[Judged], b: &[Judged], labels: &[String], seed: u64) -> Resu
     let (checked_a, checked_b) = (check(a, labels)?, check(b, labels)?);
     let (mut tally_a, mut tally_b) = (Tally::new(labels.len()), Tally::new(labels.len()));
     let mut table = [[0u64; 2]; 2];
-    for (a, b) in checked_a.iter().zip(&checked_b) {
+    for (a, b) in checked_a.iter().zip(&checked_b).map(|(a, b)| (&a.outcome, &b.outcome)) {
         tally_a.add(a);
         tally_b.add(b);
         table[usize::from(a.right())][usize::from(b.right())] += 1;

@@ -14,7 +14,9 @@ pub enum EvalError {
     #[error("{found} labels, expected 2 to {max}\nhint: the label list must name every class once")]
     LabelCount { found: usize, max: usize },
 
-    #[error("label {index} (`{label}`) is empty or stands twice in the label list\nhint: give every class its own name")]
+    #[error(
+        "label {index} (`{label}`) is empty or stands twice in the label list\nhint: give every class its own name"
+    )]
     BadLabel { index: usize, label: String },
 
     #[error(

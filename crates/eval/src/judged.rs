@@ -45,17 +45,23 @@ impl Judged {
 /// A judged text that has passed the checks, boiled down to what the measurements need.
 #[derive(Clone, Copy)]
 pub(crate) struct Checked {
-    pub(crate) truth: u32,
-    pub(crate) predicted: u32,
-    /// Negative log of the (normalised) probability of the true label, in nats.
-    pub(crate) loss: f64,
+    pub(crate) outcome: Outcome,
     /// (Normalised) probability of the predicted label.
     pub(crate) confidence: f64,
     /// Sum over the labels of (probability - truth)².
     pub(crate) brier: f64,
 }
 
-impl Checked {
+/// The part that resampling draws, in 16 bytes: draws are random reads, and a large set should stay in the cache.
+#[derive(Clone, Copy)]
+pub(crate) struct Outcome {
+    /// Negative log of the (normalised) probability of the true label, in nats.
+    pub(crate) loss: f64,
+    pub(crate) truth: u16,
+    pub(crate) predicted: u16,
+}
+
+impl Outcome {
     pub(crate) fn right(&self) -> bool {
         self.truth == self.predicted
     }
@@ -104,10 +110,13 @@ fn check_one(index: usize, one: &Judged, labels: usize) -> Result<Checked> {
     let predicted = one.predicted();
     let brier = (0..labels).map(|l| (normal(l) - if l == one.truth { 1.0 } else { 0.0 }).powi(2)).sum();
     Ok(Checked {
-        truth: one.truth as u32,
-        predicted: predicted as u32,
-        // Adding 0.0 turns the -0.0 of a certain and right answer into 0.0.
-        loss: -normal(one.truth).clamp(SMALLEST, 1.0).ln() + 0.0,
+        outcome: Outcome {
+            // Adding 0.0 turns the -0.0 of a certain and right answer into 0.0.
+            loss: -normal(one.truth).clamp(SMALLEST, 1.0).ln() + 0.0,
+            // Both are below MAX_LABELS.
+            truth: one.truth as u16,
+            predicted: predicted as u16,
+        },
         confidence: normal(predicted),
         brier,
     })

@@ -88,8 +88,8 @@ fn measure(checked: &[Checked], labels: &[String], seed: u64) -> Metrics {
     let mut tally = Tally::new(labels.len());
     let mut confusion = vec![vec![0u64; labels.len()]; labels.len()];
     for one in checked {
-        tally.add(one);
-        confusion[one.truth as usize][one.predicted as usize] += 1;
+        tally.add(&one.outcome);
+        confusion[usize::from(one.outcome.truth)][usize::from(one.outcome.predicted)] += 1;
     }
     let per_class: Vec<ClassMetrics> = labels
         .iter()

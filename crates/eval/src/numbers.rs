@@ -5,8 +5,11 @@ pub(crate) fn percent(share: f64) -> String {
     format!("{:.1}\u{a0}%", if share.is_finite() { share * 100.0 } else { 0.0 } + 0.0)
 }
 
-/// A number with so many decimals and a true minus sign; "−" alone never comes before a zero.
+/// With so many decimals and a true minus sign, which never stands before a zero; "–" for what is not a number.
 pub(crate) fn decimal(value: f64, decimals: usize) -> String {
+    if !value.is_finite() {
+        return "–".into();
+    }
     let plain = format!("{:.decimals$}", value.abs());
     let zero = plain.chars().all(|c| c == '0' || c == '.');
     if value < 0.0 && !zero { format!("\u{2212}{plain}") } else { plain }
@@ -83,6 +86,9 @@ mod tests {
             [duration(0.25), duration(59.6), duration(200.0), duration(7500.0), duration(f64::NAN)],
             ["0.2 s", "1 min 00 s", "3 min 20 s", "2 h 05 min", "–"]
         );
-        assert_eq!([bytes(999), bytes(1_400_000), bytes(276_000_000), bytes(u64::MAX)], ["999 B", "1.4 MB", "276 MB", "18447 PB"]);
+        assert_eq!(
+            [bytes(999), bytes(1_400_000), bytes(276_000_000), bytes(u64::MAX)],
+            ["999 B", "1.4 MB", "276 MB", "18447 PB"]
+        );
     }
 }

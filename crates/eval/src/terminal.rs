@@ -160,7 +160,10 @@ mod tests {
 
         let kinds = |j: &[Judged]| by_kind(j, &labels, 1).expect("valid");
         let text = terminal_kinds(&kinds(&a), &kinds(&b));
-        assert!(text.contains("│ plain            │ 30    │") && text.contains("│ mi[31mxed        │ 10    │"), "{text}");
+        assert!(
+            text.contains("│ plain            │ 30    │") && text.contains("│ mi[31mxed        │ 10    │"),
+            "{text}"
+        );
         assert!(!text.contains('\u{1b}'));
         assert_eq!(terminal_kinds(&BTreeMap::new(), &BTreeMap::new()), "");
     }

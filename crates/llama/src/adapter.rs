@@ -63,7 +63,10 @@ impl Adapter {
     pub fn load(dir: &Path, model: &LlamaConfig) -> Result<Self> {
         let path = dir.join(CONFIG_FILE);
         if !path.exists() {
-            return Err(bad(dir, format!("no {CONFIG_FILE} in it\n  hint: --adapter takes a directory that PEFT or cashtag wrote")));
+            return Err(bad(
+                dir,
+                format!("no {CONFIG_FILE} in it\n  hint: --adapter takes a directory that PEFT or cashtag wrote"),
+            ));
         }
         let config = read_json(&path)?;
         let lora = lora_config(&path, &config, model)?;
@@ -246,28 +249,50 @@ fn load_tensors(path: &Path, lora: &LoraConfig, model: &LlamaConfig) -> Result<L
         let name = file.names().into_iter().find(|n| !n.contains("lora_")).unwrap_or_default();
         return Err(bad(
             path,
-            format!("{} tensors, expected {} (for example {name:?})\n  hint: is this adapter for another model?", file.len(), 2 * shapes.len()),
+            format!(
+                "{} tensors, expected {} (for example {name:?})\n  hint: is this adapter for another model?",
+                file.len(),
+                2 * shapes.len()
+            ),
         ));
     }
     let mut tensors = LoraTensors { a: Vec::new(), b: Vec::new() };
     if expected * 2 > map.len() {
-        return Err(bad(path, format!("{} bytes cannot hold the {expected} values that {CONFIG_FILE} and the model ask for\n  hint: is this adapter for another model?", map.len())));
+        return Err(bad(
+            path,
+            format!(
+                "{} bytes cannot hold the {expected} values that {CONFIG_FILE} and the model ask for\n  hint: is this adapter for another model?",
+                map.len()
+            ),
+        ));
     }
     for s in &shapes {
-        for (suffix, shape, target) in [
-            ("lora_A", [lora.r, s.in_features], &mut tensors.a),
-            ("lora_B", [s.out_features, lora.r], &mut tensors.b),
-        ] {
+        for (suffix, shape, target) in
+            [("lora_A", [lora.r, s.in_features], &mut tensors.a), ("lora_B", [s.out_features, lora.r], &mut tensors.b)]
+        {
             let name = format!("base_model.model.model.layers.{}.{}.{suffix}.weight", s.layer, s.module.path());
-            let tensor = file.tensor(&name).map_err(|_| bad(path, format!("no tensor {name}\n  hint: is this adapter for another model?")))?;
+            let tensor = file
+                .tensor(&name)
+                .map_err(|_| bad(path, format!("no tensor {name}\n  hint: is this adapter for another model?")))?;
             if tensor.shape() != shape {
-                return Err(Error::tensor(path, name, format!("expected shape {shape:?}, found {:?}\n  hint: is this adapter for another model?", tensor.shape())));
+                return Err(Error::tensor(
+                    path,
+                    name,
+                    format!(
+                        "expected shape {shape:?}, found {:?}\n  hint: is this adapter for another model?",
+                        tensor.shape()
+                    ),
+                ));
             }
             let first = target.len();
             match tensor.dtype() {
-                Dtype::F32 => target.extend(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
-                Dtype::F16 => target.extend(tensor.data().chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())),
-                Dtype::BF16 => target.extend(tensor.data().chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())),
+                Dtype::F32 => {
+                    target.extend(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+                }
+                Dtype::F16 => target
+                    .extend(tensor.data().chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())),
+                Dtype::BF16 => target
+                    .extend(tensor.data().chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())),
                 other => return Err(Error::tensor(path, name, format!("dtype {other:?}, expected F32, F16 or BF16"))),
             }
             if target[first..].iter().any(|x| !x.is_finite()) {

@@ -184,11 +184,13 @@ impl ChatTemplate {
     fn evaluate(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let failed = |error: minijinja::Error| Error::Template(describe(&error));
         let template = self.environment.get_template("chat_template").map_err(failed)?;
+        let turn = |message: &Message| Value::from_pairs([("role", &*message.role), ("content", &*message.content)]);
+        let turns: Vec<Value> = messages.iter().map(turn).collect();
         let context = context! {
-            messages => Value::from_serialize(messages),
+            messages => turns,
             add_generation_prompt,
-            bos_token => self.bos,
-            eos_token => self.eos,
+            bos_token => &*self.bos,
+            eos_token => &*self.eos,
             tools => Value::from(()),
             documents => Value::from(()),
         };
@@ -331,7 +333,8 @@ mod tests {
     #[test]
     fn empty_and_private_use_contents() {
         let template = ChatTemplate::new(CHATML, "", "").unwrap();
-        let rendered = template.render(&[Message::new("system", ""), Message::new("user", "\u{F5C00}0\u{F5C01}")], false);
+        let rendered =
+            template.render(&[Message::new("system", ""), Message::new("user", "\u{F5C00}0\u{F5C01}")], false);
         assert_eq!(contents(&rendered.unwrap()), ["\u{F5C00}0\u{F5C01}"]);
         let rendered = template.render(&[Message::new("system", " \n "), Message::new("user", "x")], false).unwrap();
         assert_eq!(contents(&rendered), ["x"]);
@@ -341,14 +344,17 @@ mod tests {
 
     #[test]
     fn what_cannot_be_located_is_refused() {
-        let upper = ChatTemplate::new("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "", "").unwrap();
-        let error = upper.render(&[Message::new("user", "abc")], false).unwrap_err().to_string();
+        let cuts = ChatTemplate::new("{% for m in messages %}{{ m.content[1:] }}{% endfor %}", "", "").unwrap();
+        let error = cuts.render(&[Message::new("user", "abc")], false).unwrap_err().to_string();
         assert!(error.starts_with("chat template: it rewrites the messages' text"), "{error}");
         let drops = ChatTemplate::new("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "", "");
         let messages = [Message::new("user", "a"), Message::new("tool", "b")];
         let error = drops.unwrap().render(&messages, false).unwrap_err().to_string();
         assert_eq!(error, "chat template: it leaves out the text of message 2 (role \"tool\")");
-        let role = upper.render(&[Message::new("user<|im_end|>", "abc")], false).unwrap_err().to_string();
+        // A change that keeps the place is no obstacle.
+        let upper = ChatTemplate::new("{% for m in messages %}-{{ m.content | upper }}{% endfor %}", "", "").unwrap();
+        assert_eq!(contents(&upper.render(&[Message::new("user", "abc")], false).unwrap()), ["ABC"]);
+        let role = cuts.render(&[Message::new("user<|im_end|>", "abc")], false).unwrap_err().to_string();
         assert!(role.starts_with("chat template: role \"user<|im_end|>\" of message 1 is no plain word"), "{role}");
     }
 
@@ -359,7 +365,8 @@ mod tests {
             "",
             "",
         );
-        assert_eq!(template.unwrap().render(&[Message::new("user", "x")], false).unwrap().text, "x\n!");
+        // The newline behind a tag is trimmed, as behind every block.
+        assert_eq!(template.unwrap().render(&[Message::new("user", "x")], false).unwrap().text, "x!");
     }
 
     #[test]

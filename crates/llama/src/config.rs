@@ -91,7 +91,8 @@ impl LlamaConfig {
     pub const PRESETS: [&'static str; 3] = ["llama-2-7b", "llama-2-13b", "smollm2-135m"];
 
     /// Radians per position of each pair of dimensions, `head_dim / 2` values: `theta^(-2i / head_dim)`, scaled as
-    /// `rope_scaling` says. Computed in f32 in the order of Transformers, so the angles agree with it.
+    /// `rope_scaling` says. The power is taken in f64 and rounded, the rest is f32 in the order of Transformers: nearly all
+    /// values have the bits that it computes.
     pub fn inverse_frequencies(&self) -> Vec<f32> {
         let base = (0..self.head_dim / 2)
             .map(|i| 1.0 / (self.rope_theta as f64).powf((2 * i) as f64 / self.head_dim as f64) as f32);
@@ -115,8 +116,7 @@ impl LlamaConfig {
                     } else if wavelength < shortest {
                         f
                     } else {
-                        let smooth =
-                            (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        let smooth = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                         (1.0 - smooth) * f / factor + smooth * f
                     }
                 })
@@ -135,7 +135,9 @@ impl LlamaConfig {
             + 3 * wide(self.intermediate_size, self.hidden_size)
             + 2 * self.hidden_size as u64;
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
-        self.num_hidden_layers as u64 * layer + tables * wide(self.vocab_size, self.hidden_size) + self.hidden_size as u64
+        self.num_hidden_layers as u64 * layer
+            + tables * wide(self.vocab_size, self.hidden_size)
+            + self.hidden_size as u64
     }
 
     /// Checks that the sizes fit together and are within reason, before anything is allocated by them.
@@ -186,7 +188,12 @@ impl LlamaConfig {
         let good = match &self.rope_scaling {
             None => true,
             Some(RopeScaling::Linear { factor }) => positive(&[*factor]),
-            Some(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) => {
+            Some(RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            }) => {
                 positive(&[*factor, *low_freq_factor, *high_freq_factor])
                     && high_freq_factor > low_freq_factor
                     && *original_max_position_embeddings > 0
@@ -215,7 +222,7 @@ mod tests {
         assert_eq!(LlamaConfig::preset("gpt-2"), None);
     }
 
-    // Values printed by torch for Llama-3.1-8B (theta 500,000, head_dim 128, factor 8).
+    // Llama-3.1-8B: theta 500,000, head_dim 128, factor 8. Agreement with Transformers is an integration test.
     #[test]
     fn llama3_scaling_keeps_high_and_divides_low_frequencies() {
         let mut config = LlamaConfig::preset("llama-2-7b").unwrap();

@@ -249,9 +249,9 @@ impl Gguf {
     pub fn u32(&self, key: &str) -> Result<Option<u32>> {
         match self.u64(key)? {
             None => Ok(None),
-            Some(value) => u32::try_from(value).map(Some).map_err(|_| {
-                Error::file(&self.path, format!("metadata {} is {value}, expected 32 bits", quoted(key)))
-            }),
+            Some(value) => u32::try_from(value)
+                .map(Some)
+                .map_err(|_| Error::file(&self.path, format!("metadata {} is {value}, expected 32 bits", quoted(key)))),
         }
     }
 
@@ -678,7 +678,9 @@ mod tests {
             nested.extend(ARRAY.to_le_bytes());
             nested.extend(1u64.to_le_bytes());
         }
-        assert!(message(Builder::default().pair("a", ARRAY, &nested).build(&[])).contains("nests arrays deeper than 4"));
+        assert!(
+            message(Builder::default().pair("a", ARRAY, &nested).build(&[])).contains("nests arrays deeper than 4")
+        );
         let huge = Builder::default().tensor("w", &[1 << 40, 1 << 40], 0, 0).build(&[]);
         assert!(message(huge).contains("no usable number of elements"));
     }

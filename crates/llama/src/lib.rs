@@ -1,11 +1,21 @@
 //! Llama-family models: checkpoint readers, tokenizers and chat templates.
 
+pub mod adapter;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod ggml;
 pub mod gguf;
+mod gguf_llama;
+pub mod hf;
+pub mod kv;
+pub mod lora;
+pub mod model;
+pub mod packing;
+pub mod prompt;
+pub mod score;
 pub mod tokenizer;
+mod weights;
 
 pub use error::{Error, Result};

@@ -359,7 +359,13 @@ impl<B: Backend> Lora<B> {
 
     fn a_factor(&self, slots: &[Slot]) -> Mat<'_, B::Buffer> {
         let (first, rows) = (slots[0], slots.len() * self.config.r);
-        Mat { buffer: &self.a.compute, offset: first.a_offset, rows, cols: first.in_features, stride: first.in_features }
+        Mat {
+            buffer: &self.a.compute,
+            offset: first.a_offset,
+            rows,
+            cols: first.in_features,
+            stride: first.in_features,
+        }
     }
 
     fn b_factor(&self, slot: &Slot) -> Mat<'_, B::Buffer> {
@@ -424,7 +430,8 @@ impl<B: Backend> Lora<B> {
             let u = Mat::new(u, n, rank).columns(j * r, r);
             backend.matmul_nn(scale, dy, self.b_factor(slot), 0.0, MatMut::new(du, n, rank).columns(j * r, r))?;
             let Some(t) = &mut self.b.training else { continue };
-            let d_b = MatMut { buffer: &mut t.gradient, offset: slot.b_offset, rows: slot.out_features, cols: r, stride: r };
+            let d_b =
+                MatMut { buffer: &mut t.gradient, offset: slot.b_offset, rows: slot.out_features, cols: r, stride: r };
             backend.matmul_tn(scale, dy, u, 1.0, d_b)?;
         }
         let du = Mat::new(&*du, n, rank);

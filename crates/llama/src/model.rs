@@ -258,7 +258,8 @@ impl<B: Backend> Llama<B> {
         let sets = if purpose == Purpose::Training(Checkpointing::None) { self.layers.len() } else { 1 };
         let mut saved = Vec::with_capacity(sets);
         for _ in 0..sets {
-            let norm_input = |n: usize| -> Result<B::Buffer> { Ok(backend.uninit(t, if training { n * d } else { 0 })?) };
+            let norm_input =
+                |n: usize| -> Result<B::Buffer> { Ok(backend.uninit(t, if training { n * d } else { 0 })?) };
             saved.push(Saved {
                 x1: norm_input(n)?,
                 x2: norm_input(n)?,
@@ -334,7 +335,13 @@ impl<B: Backend> Llama<B> {
     }
 
     /// One block forward over `n` rows; `kv` holds the keys and values of an inference pass.
-    fn forward_layer(&self, backend: &B, pass: &LayerPass<'_, B>, kv: Option<&mut KvStore<B>>, ws: &mut Workspace<B>) -> Result<()> {
+    fn forward_layer(
+        &self,
+        backend: &B,
+        pass: &LayerPass<'_, B>,
+        kv: Option<&mut KvStore<B>>,
+        ws: &mut Workspace<B>,
+    ) -> Result<()> {
         let LayerPass { layer: l, layout, lora, random } = *pass;
         let c = &self.config;
         let (n, d, f) = (layout.q_rows(), c.hidden_size, c.intermediate_size);
@@ -360,8 +367,7 @@ impl<B: Backend> Llama<B> {
         backend.rope(self.rope(positions), false, rotated)?;
         let o = MatMut::new(&mut s.o, n, q_dim);
         let qkv = Mat::new(&s.qkv, n, qkv_dim);
-        let (q, k, v) =
-            (qkv.columns(0, q_dim), qkv.columns(q_dim, kv_dim), qkv.columns(q_dim + kv_dim, kv_dim));
+        let (q, k, v) = (qkv.columns(0, q_dim), qkv.columns(q_dim, kv_dim), qkv.columns(q_dim + kv_dim, kv_dim));
         match kv {
             None => backend.attention(layout, c.head_dim, q, k, v, o, &mut s.lse)?,
             Some(store) => {
@@ -444,7 +450,14 @@ impl<B: Backend> Llama<B> {
     }
 
     /// Forward and loss of a packed batch without a backward (evaluation).
-    pub fn loss(&self, backend: &B, batch: &PackedBatch, lora: Option<&Lora<B>>, label_smoothing: f32, ws: &mut Workspace<B>) -> Result<BatchLoss> {
+    pub fn loss(
+        &self,
+        backend: &B,
+        batch: &PackedBatch,
+        lora: Option<&Lora<B>>,
+        label_smoothing: f32,
+        ws: &mut Workspace<B>,
+    ) -> Result<BatchLoss> {
         self.start(backend, ws, &batch.ids, &batch.layout)?;
         for layer in 0..self.layers.len() {
             let pass = LayerPass { layer, layout: &batch.layout, lora, random: None };
@@ -571,7 +584,11 @@ impl<B: Backend> Llama<B> {
             BackwardScratch { du, x_hat },
             Some(MatMut::new(dh, n, f)),
         )?;
-        backend.swiglu_backward(Mat::new(dh, n, f), Mat::new(&s.gate_up, n, 2 * f), MatMut::new(d_gate_up, n, 2 * f))?;
+        backend.swiglu_backward(
+            Mat::new(dh, n, f),
+            Mat::new(&s.gate_up, n, 2 * f),
+            MatMut::new(d_gate_up, n, 2 * f),
+        )?;
         let w = &layer.post_attention_norm;
         backend.rms_norm(Mat::new(&s.x2, n, d), w, c.rms_norm_eps, MatMut::new(y, n, d), &mut s.inv2)?;
         backend.linear_backward(Mat::new(d_gate_up, n, 2 * f), &layer.gate_up, false, MatMut::new(dt, n, d))?;

@@ -172,7 +172,8 @@ mod tests {
         let mut found = Vec::new();
         for ((&row, &target), &weight) in batch.label_rows.iter().zip(&batch.targets).zip(&batch.weights) {
             let row = row as usize;
-            let segment = batch.layout.segments().iter().find(|s| (s.q_start..s.q_start + s.len).contains(&row)).unwrap();
+            let segment =
+                batch.layout.segments().iter().find(|s| (s.q_start..s.q_start + s.len).contains(&row)).unwrap();
             let mut context = batch.ids[..segment.context[0].len].to_vec();
             context.extend(&batch.ids[segment.q_start..=row]);
             for _ in 0..weight as usize {
@@ -187,8 +188,7 @@ mod tests {
 
     #[test]
     fn bins_keep_order_and_budget() {
-        let e: Vec<TokenizedExample> =
-            [5usize, 5, 9, 30, 5].iter().map(|&n| example(&vec![1u32; n], n - 1)).collect();
+        let e: Vec<TokenizedExample> = [5usize, 5, 9, 30, 5].iter().map(|&n| example(&vec![1u32; n], n - 1)).collect();
         let refs: Vec<&TokenizedExample> = e.iter().collect();
         // Prefix [1, 1]: own rows are 2, 2, 6, 27, 2.
         assert_eq!(bins(&refs, &[1, 1], TrainOn::Answer, 12, 100), [0..3, 3..4, 4..5]);

@@ -92,9 +92,8 @@ impl PromptFormat {
             if let Some(end) = answer.iter().rposition(|&t| format.tokenizer.is_special(t)) {
                 answer.truncate(end + 1);
             }
-            let is_end = |t: u32| {
-                format.tokenizer.is_special(t) || format.tokenizer.decode(&[t], false).trim().is_empty()
-            };
+            let is_end =
+                |t: u32| format.tokenizer.is_special(t) || format.tokenizer.decode(&[t], false).trim().is_empty();
             let words = answer.iter().rposition(|&t| !is_end(t)).map_or(0, |i| i + 1);
             if words == 0 {
                 return Err(Error::Invalid(format!("label {:?} has no token of its own", label.word)));

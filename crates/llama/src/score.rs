@@ -123,7 +123,12 @@ impl<B: Backend> Scorer<B> {
             let own = &tokens[shared.len..];
             let start = ids.len();
             ids.extend_from_slice(own);
-            segments.push(Segment { q_start: start, len: own.len(), kv_start: p + start, context: [shared, Span::default()] });
+            segments.push(Segment {
+                q_start: start,
+                len: own.len(),
+                kv_start: p + start,
+                context: [shared, Span::default()],
+            });
             let text = Span { start: p + start, len: own.len() };
             let last = ids.len() - 1;
             for (label, word) in self.labels.iter().enumerate() {
@@ -135,7 +140,12 @@ impl<B: Backend> Scorer<B> {
                 ids.extend_from_slice(&word[..word.len() - 1]);
                 let context = [shared, text];
                 segments.push(Segment { q_start: at, len: word.len() - 1, kv_start: p + at, context });
-                wanted.extend(word[1..].iter().enumerate().map(|(i, &target)| Wanted { row: at + i, target, prompt, label }));
+                wanted.extend(word[1..].iter().enumerate().map(|(i, &target)| Wanted {
+                    row: at + i,
+                    target,
+                    prompt,
+                    label,
+                }));
             }
         }
         let layout = layout(segments, p + ids.len())?;

@@ -15,6 +15,7 @@ mod write;
 
 pub use atomic::{AtomicFile, write_atomically};
 pub use columns::Columns;
+pub(crate) use atomic::{folder_of, sync_folder};
 pub use examples::{ExampleReader, ReadOptions, Record, read_examples, read_examples_reported};
 pub use formula::{neutralise, restore};
 pub use row_writer::{NewColumn, RowWriter};

@@ -1,12 +1,12 @@
 //! Single texts to look at: chosen examples before and after, and the hardest mistakes.
 
 use super::html::Html;
-use crate::numbers::percent;
 use super::svg::{bars, label_class, short};
 use super::{ExampleTweet, Mistake, Report};
+use crate::numbers::percent;
 
 /// Cards shown of each sort at most.
-const MOST_CARDS: usize = 60;
+pub(super) const MOST_CARDS: usize = 60;
 
 /// Characters of a text shown at most; a tweet has 280, other texts may have megabytes.
 const LONGEST_TEXT: usize = 1000;
@@ -23,6 +23,10 @@ fn best(shares: &[f64]) -> Option<usize> {
         }
     }
     best
+}
+
+fn name_of(best: Option<usize>, labels: &[String]) -> &str {
+    best.and_then(|b| labels.get(b)).map_or("nothing", String::as_str)
 }
 
 /// A label's name on its colour, so that the eye can go from the word to the bars.
@@ -43,7 +47,7 @@ fn text(html: &mut Html, text: &str) {
 fn answer(html: &mut Html, when: &str, probabilities: &[f32], expected: Option<usize>, labels: &[String]) {
     let shares = shares(probabilities);
     let best = best(&shares);
-    let name = best.and_then(|b| labels.get(b)).map_or("no answer", String::as_str);
+    let name = name_of(best, labels);
     let verdict = match (best, expected) {
         (Some(best), Some(expected)) if best == expected => Some(("right", "\u{2713} right")),
         (_, Some(_)) => Some(("wrong", "\u{2717} wrong")),
@@ -57,8 +61,11 @@ fn answer(html: &mut Html, when: &str, probabilities: &[f32], expected: Option<u
     html.open("div", &[("class", "answer")]);
     html.leaf("span", &[("class", "when")], when);
     html.append(&bars::stacked(&shares, labels, best, &spoken));
-    html.leaf("span", &[("class", verdict.map_or("mark", |v| if v.0 == "right" { "mark right" } else { "mark wrong" }))],
-        verdict.map_or("", |v| v.1));
+    html.leaf(
+        "span",
+        &[("class", verdict.map_or("mark", |v| if v.0 == "right" { "mark right" } else { "mark wrong" }))],
+        verdict.map_or("", |v| v.1),
+    );
     html.close("div");
 }
 
@@ -134,7 +141,9 @@ fn missed(html: &mut Html, mistake: &Mistake, labels: &[String]) {
     }
     html.close("p").close("div");
     html.open("div", &[("class", "answers")]);
-    answer(html, "after", &mistake.probabilities, Some(mistake.truth), labels);
+    let spoken = format!("answers {}. {}", name_of(best(&shares), labels), bars::spoken(&shares, labels));
+    html.open("div", &[("class", "answer alone")]);
+    html.append(&bars::stacked(&shares, labels, best(&shares), &spoken)).close("div");
     html.close("div").close("li");
 }
 

@@ -2,10 +2,10 @@
 
 use super::Report;
 use super::html::Html;
-use crate::numbers::{count, decimal, p_value, percent, signed};
 use super::svg::{axis, bars};
 use crate::bootstrap::Interval;
 use crate::metrics::Metrics;
+use crate::numbers::{count, decimal, p_value, percent, signed};
 
 /// A score as the page shows it.
 struct Tile<'a> {
@@ -146,8 +146,10 @@ fn draw(html: &mut Html, tile: &Tile<'_>, before: Option<&Metrics>, after: Optio
     html.leaf("h3", &[], tile.name);
     html.open("p", &[("class", "big")]);
     if let (Some(before), Some(_)) = (before, after) {
-        html.leaf("span", &[("class", "was")], &show(before.value));
-        html.raw("<span class=\"arrow\" aria-label=\"to\">\u{2192}</span> ");
+        // The unit stands once, after the second number.
+        let was = if tile.share { decimal(before.value * 100.0, 1) } else { show(before.value) };
+        html.leaf("span", &[("class", "was")], &was);
+        html.raw("<span class=\"arrow\" role=\"img\" aria-label=\"to\">\u{2192}</span> ");
     }
     if let Some(last) = after.or(before) {
         html.leaf("span", &[("class", "now")], &show(last.value));
@@ -219,8 +221,10 @@ pub(super) fn table(report: &Report) -> Html {
         ("Mean confidence", &|m| percent(m.mean_confidence)),
         ("Most frequent label", &|m| percent(m.majority_baseline)),
     ];
-    let sides: Vec<(&str, &Metrics)> =
-        [("Before", &report.before), ("After", &report.after)].into_iter().filter_map(|(n, m)| Some((n, m.as_ref()?))).collect();
+    let sides: Vec<(&str, &Metrics)> = [("Before", &report.before), ("After", &report.after)]
+        .into_iter()
+        .filter_map(|(n, m)| Some((n, m.as_ref()?)))
+        .collect();
     let mut header = vec!["Measure (95\u{a0}% interval)"];
     header.extend(sides.iter().map(|(name, _)| *name));
     let body: Vec<Vec<String>> = rows

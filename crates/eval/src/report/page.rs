@@ -1,36 +1,45 @@
 //! The page as a whole: the order of the sections, and the caption that says what each picture shows.
 
 use super::html::Html;
-use crate::numbers::{count, decimal, duration, p_value, percent};
 use super::svg::{axis, bars, confusion, curves, reliability};
 use super::{Description, Report, examples, headline, style, tables};
 use crate::metrics::Metrics;
+use crate::numbers::{count, decimal, duration, p_value, percent};
 
 /// Nothing may be fetched and nothing may run, even if a text should find a hole in the escaping.
-const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'";
+const POLICY: &str =
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'";
+
+/// Kinds drawn, the most frequent first; the rest stand in the table only.
+const MOST_KINDS: usize = 40;
+
+/// With more labels than this, a confusion matrix is too fine to draw.
+const MOST_DRAWN_LABELS: usize = 30;
 
 struct Section {
     id: &'static str,
+    /// As the list of sections has it.
+    short: &'static str,
     name: &'static str,
     body: Html,
 }
 
 pub(super) fn page(report: &Report) -> String {
     let sections: Vec<Section> = [
-        ("results", "Results", results(report)),
-        ("kinds", "By kind of text", kinds(report)),
-        ("confusion", "What is taken for what", confusions(report)),
-        ("calibration", "Calibration", calibration(report)),
-        ("training", "Training", training(report)),
-        ("examples", "Examples", example_tweets(report)),
-        ("mistakes", "Hardest mistakes", mistakes(report)),
-        ("data", "Data", data(report)),
-        ("setup", "How it was made", setup(report)),
-        ("reading", "How to read the numbers", reading(report)),
+        ("results", "Results", "Results", results(report)),
+        ("kinds", "Kinds", "By kind of text", kinds(report)),
+        ("confusion", "Confusion", "What is taken for what", confusions(report)),
+        ("calibration", "Calibration", "Calibration", calibration(report)),
+        ("training", "Training", "Training", training(report)),
+        ("examples", "Examples", "Examples", example_tweets(report)),
+        ("mistakes", "Mistakes", "Hardest mistakes", mistakes(report)),
+        ("data", "Data", "Data", data(report)),
+        ("setup", "Set-up", "How it was made", setup(report)),
+        ("reading", "Reading", "How to read the numbers", reading(report)),
     ]
     .into_iter()
-    .filter(|(_, _, body)| !body.is_empty())
-    .map(|(id, name, body)| Section { id, name, body })
+    .filter(|(_, _, _, body)| !body.is_empty())
+    .map(|(id, short, name, body)| Section { id, short, name, body })
     .collect();
 
     let title = if report.title.trim().is_empty() { "Report" } else { report.title.trim() };
@@ -38,7 +47,9 @@ pub(super) fn page(report: &Report) -> String {
     html.raw("<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n");
     html.void("meta", &[("http-equiv", "Content-Security-Policy"), ("content", POLICY)]);
     html.raw("\n<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n");
-    html.raw("<meta name=\"color-scheme\" content=\"light dark\"/>\n<meta name=\"referrer\" content=\"no-referrer\"/>\n");
+    html.raw(
+        "<meta name=\"color-scheme\" content=\"light dark\"/>\n<meta name=\"referrer\" content=\"no-referrer\"/>\n",
+    );
     html.raw("<link rel=\"icon\" href=\"data:,\"/>\n");
     html.leaf("title", &[], title);
     html.raw("<style>\n").raw(style::STYLE).raw("</style>\n</head>\n<body>\n");
@@ -46,7 +57,7 @@ pub(super) fn page(report: &Report) -> String {
     header(&mut html, report, title);
     html.raw("<nav aria-label=\"Sections\"><ul>\n");
     for section in &sections {
-        html.open("li", &[]).leaf("a", &[("href", &format!("#{}", section.id))], section.name).close("li");
+        html.open("li", &[]).leaf("a", &[("href", &format!("#{}", section.id))], section.short).close("li");
     }
     html.raw("</ul></nav>\n<main id=\"main\">\n");
     for section in &sections {
@@ -68,8 +79,12 @@ fn header(html: &mut Html, report: &Report, title: &str) {
     html.leaf("p", &[("class", "summary")], &headline::summary(report));
     html.raw("<dl class=\"facts\">\n");
     let adapter = report.adapter.as_ref().map_or("", |a| &a.name);
-    let facts =
-        [("Model", &*report.model.name), ("Adapter", adapter), ("Device", &report.device), ("Created", &report.created)];
+    let facts = [
+        ("Model", &*report.model.name),
+        ("Adapter", adapter),
+        ("Device", &report.device),
+        ("Created", &report.created),
+    ];
     for (name, value) in facts.into_iter().filter(|(_, v)| !v.is_empty()) {
         html.open("div", &[]).leaf("dt", &[], name).leaf("dd", &[], value).close("div");
     }
@@ -81,10 +96,16 @@ fn caption(html: &mut Html, text: &str) {
 }
 
 /// The key to "before" and "after", where both are drawn.
-fn key(html: &mut Html, report: &Report) {
+fn key(html: &mut Html, report: &Report, shape: &str) {
     if report.before.is_some() && report.after.is_some() {
-        html.raw("<p class=\"legend-row\"><span class=\"chip\"><span class=\"sign before\" aria-hidden=\"true\"></span>before</span>");
-        html.raw("<span class=\"chip\"><span class=\"sign after\" aria-hidden=\"true\"></span>after fine-tuning</span></p>\n");
+        html.open("p", &[("class", "legend-row")]);
+        for (class, name) in [("before", "before"), ("after", "after fine-tuning")] {
+            let class = format!("sign {shape} {class}");
+            html.open("span", &[("class", "chip")]);
+            html.open("span", &[("class", &class), ("aria-hidden", "true")]).close("span");
+            html.text(name).close("span");
+        }
+        html.close("p");
     }
 }
 
@@ -100,9 +121,11 @@ fn results(report: &Report) -> Html {
     if sides(report).is_empty() {
         return html;
     }
-    key(&mut html, report);
+    key(&mut html, report, "round");
     html.append(&headline::headline(report));
-    caption(&mut html, "The shaded spans are 95\u{a0}% intervals. The numbers below each picture are the change, with its own interval, measured text by text.");
+    let change = "Below each picture is the change, with its own interval, measured text by text.";
+    let spans = "The shaded spans are 95\u{a0}% intervals.";
+    caption(&mut html, &if report.comparison.is_some() { format!("{spans} {change}") } else { spans.to_owned() });
     if let Some(c) = &report.comparison {
         let m = &c.mcnemar;
         let changed = format!(
@@ -130,12 +153,12 @@ fn kinds(report: &Report) -> Html {
     }
     caption(
         &mut html,
-        "Accuracy on each kind of text, with 95\u{a0}% intervals. A kind with few texts has a wide interval: read its length \
-         before its height.",
+        "Accuracy on each kind of text, with 95\u{a0}% intervals. The fewer the texts, the wider the interval, and the less \
+         the difference between two kinds means.",
     );
-    key(&mut html, report);
+    key(&mut html, report, "square");
     html.open("div", &[("class", "kinds")]);
-    for name in names {
+    for name in names.into_iter().take(MOST_KINDS) {
         let (before, after) = (report.by_kind_before.get(name), report.by_kind_after.get(name));
         let examples = after.or(before).map_or(0, |m| m.examples);
         let numbers: Vec<String> = [before, after].into_iter().flatten().map(|m| percent(m.accuracy.value)).collect();
@@ -156,7 +179,7 @@ fn kinds(report: &Report) -> Html {
 fn confusions(report: &Report) -> Html {
     let mut html = Html::new();
     let sides = sides(report);
-    if sides.is_empty() || report.labels.is_empty() {
+    if sides.is_empty() || report.labels.is_empty() || report.labels.len() > MOST_DRAWN_LABELS {
         return html;
     }
     caption(
@@ -187,14 +210,16 @@ fn confusions(report: &Report) -> Html {
 
 fn calibration(report: &Report) -> Html {
     let mut html = Html::new();
-    let sides: Vec<_> = sides(report).into_iter().filter(|(_, _, m)| m.reliability.iter().any(|b| b.count > 0)).collect();
+    let sides: Vec<_> =
+        sides(report).into_iter().filter(|(_, _, m)| m.reliability.iter().any(|b| b.count > 0)).collect();
     if sides.is_empty() {
         return html;
     }
     caption(
         &mut html,
-        "Texts are gathered by how sure the model is of its answer. On the dashed line it is right as often as it says; the \
-         bars through the points are 95\u{a0}% intervals. Below, how many texts stand behind each point.",
+        "Texts are gathered by how sure the model is of its answer. On the dashed line it is right as often as it says, \
+         above it more often, below it less often. The strokes through the points are 95\u{a0}% intervals; the columns count \
+         the texts behind each point.",
     );
     let most = sides.iter().flat_map(|(_, _, m)| &m.reliability).map(|b| b.count).max().unwrap_or(1);
     html.open("div", &[("class", "pair")]);
@@ -245,7 +270,11 @@ fn training(report: &Report) -> Html {
         }
         if loss.above > 0 {
             let steps = if loss.above == 1 { "step lies" } else { "steps lie" };
-            text += &format!("{} {steps} above the picture and {} drawn at its top edge. ", loss.above, if loss.above == 1 { "is" } else { "are" });
+            text += &format!(
+                "{} {steps} above the picture and {} drawn at its top edge. ",
+                loss.above,
+                if loss.above == 1 { "is" } else { "are" }
+            );
         }
         caption(&mut html, text.trim_end());
         let spoken = format!("Training curves. {text}");
@@ -253,16 +282,21 @@ fn training(report: &Report) -> Html {
         html.append(&curves::draw(&report.history, &loss, 358.0, "chart narrow", &spoken));
     }
     let middle = |pick: fn(&super::HistoryRow) -> Option<f64>| {
-        let mut values: Vec<f64> = report.history.iter().filter_map(pick).filter(|v| v.is_finite() && *v > 0.0).collect();
+        let mut values: Vec<f64> =
+            report.history.iter().filter_map(pick).filter(|v| v.is_finite() && *v > 0.0).collect();
         values.sort_unstable_by(f64::total_cmp);
         values.get(values.len() / 2).copied()
     };
     if let Some(examples) = middle(|r| r.examples_per_second) {
         let tokens = middle(|r| r.tokens_per_second)
             .map_or(String::new(), |t| format!(" and {} tokens", count(t.round() as u64)));
-        html.leaf("p", &[], &format!("Median speed: {} texts{tokens} per second.", axis::label(round_to(examples), 0.1)));
+        html.leaf(
+            "p",
+            &[],
+            &format!("Median speed: {} texts{tokens} per second.", axis::label(round_to(examples), 0.1)),
+        );
     }
-    html.append(&tables::behind("Training history", &tables::history(&report.history)));
+    html.append(&tables::behind_on_screen("Training history", &tables::history(&report.history)));
     html
 }
 
@@ -282,6 +316,7 @@ fn example_tweets(report: &Report) -> Html {
          same order, and the answer is the longest piece.",
     );
     html.append(&examples::examples(report));
+    html.append(&tables::behind("Probabilities of the examples", &tables::examples(report)));
     html
 }
 
@@ -297,6 +332,7 @@ fn mistakes(report: &Report) -> Html {
     );
     html.append(&examples::legend(&report.labels));
     html.append(&examples::mistakes(report));
+    html.append(&tables::behind("Probabilities of the mistakes", &tables::mistakes(report)));
     html
 }
 
@@ -321,7 +357,7 @@ fn description(html: &mut Html, name: &str, description: &Description) {
     if description.name.is_empty() && description.facts.is_empty() {
         return;
     }
-    html.open("div", &[]).leaf("h3", &[], name).leaf("p", &[("class", "strong")], &description.name);
+    html.open("div", &[]).leaf("h3", &[("class", "kicker")], name).leaf("p", &[("class", "strong")], &description.name);
     html.raw("<dl class=\"list\">\n");
     for (name, value) in &description.facts {
         html.open("div", &[]).leaf("dt", &[], name).leaf("dd", &[], value).close("div");
@@ -338,17 +374,22 @@ fn setup(report: &Report) -> Html {
     }
     if !report.timings.is_empty() {
         let total: f64 = report.timings.iter().map(|t| t.seconds).filter(|s| s.is_finite()).sum();
-        parts.open("div", &[]).leaf("h3", &[], &format!("Time: {}", duration(total)));
+        parts.open("div", &[]).leaf("h3", &[("class", "kicker")], "Time");
+        parts.leaf("p", &[("class", "strong")], &duration(total));
         parts.append(&tables::timings(report)).close("div");
+    }
+    if !report.files.is_empty() {
+        parts.open("div", &[]).leaf("h3", &[("class", "kicker")], "Files");
+        parts.append(&tables::files(report)).close("div");
     }
     if !parts.is_empty() {
         html.open("div", &[("class", "pair")]).append(&parts).close("div");
     }
     if let Some(command) = &report.command {
-        html.leaf("h3", &[], "Command").open("pre", &[("tabindex", "0")]).leaf("code", &[], command).close("pre");
-    }
-    if !report.files.is_empty() {
-        html.leaf("h3", &[], "Files").append(&tables::files(report));
+        html.leaf("h3", &[("class", "kicker")], "Command")
+            .open("pre", &[("tabindex", "0")])
+            .leaf("code", &[], command)
+            .close("pre");
     }
     if !report.configuration.is_empty() {
         let settings = format!("Configuration in force ({} settings)", report.configuration.len());

@@ -6,12 +6,12 @@
 pub(super) const STYLE: &str = r#"
 :root{
 --bg:#fbfbfa;--surface:#ffffff;--ink:#1b2025;--soft:#57616b;--line:#d5d9de;--grid:#e6e8eb;--accent:#0b5c99;
---was:#6f7984;--was-fill:#c9cfd6;--right:#17684a;--wrong:#a8321a;--heat:#0b4f8a;--raw:#9dbbd4;--eval:#a34a00;
+--was:#6f7984;--was-fill:#c9cfd6;--right:#17684a;--wrong:#a8321a;--heat:#0b4f8a;--raw:#9dbbd4;--level:#86b3d8;--eval:#a34a00;
 --pos:#00695c;--pos-on:#ffffff;--neu:#a9b6c9;--neu-on:#000000;--neg:#c8451b;--neg-on:#ffffff;
 --notice:#fff4d6;--notice-ink:#5a4200;--notice-line:#d9a400}
 @media screen and (prefers-color-scheme:dark){:root{
 --bg:#14171a;--surface:#1b1f24;--ink:#e7eaed;--soft:#a6b0ba;--line:#3a424b;--grid:#2b3138;--accent:#6cb4ee;
---was:#98a3af;--was-fill:#48525d;--right:#63c9a0;--wrong:#f5937a;--heat:#86c5f7;--raw:#3f6d94;--eval:#f0a95b;
+--was:#98a3af;--was-fill:#48525d;--right:#63c9a0;--wrong:#f5937a;--heat:#86c5f7;--raw:#3f6d94;--level:#33658d;--eval:#f0a95b;
 --pos:#45c9b2;--pos-on:#000000;--neu:#74849b;--neu-on:#000000;--neg:#f07f52;--neg-on:#000000;
 --notice:#332a0d;--notice-ink:#f3dd9b;--notice-line:#a98300}}
 .k-pos{--k:var(--pos);--on:var(--pos-on)}.k-neu{--k:var(--neu);--on:var(--neu-on)}.k-neg{--k:var(--neg);--on:var(--neg-on)}
@@ -26,7 +26,7 @@ header,main,nav,footer{max-width:990px;margin:0 auto;padding:0 24px}
 header{padding-top:40px}
 h1{font-size:1.9rem;line-height:1.2;letter-spacing:-.015em;margin:0 0 .5rem;overflow-wrap:anywhere}
 h2{font-size:1.3rem;letter-spacing:-.01em;margin:0 0 .6rem}
-h3{font-size:1rem;margin:0 0 .35rem}
+h3{font-size:1rem;margin:0 0 .35rem}.kicker{color:var(--soft);font-size:.85rem;font-weight:400;margin:0}
 p{margin:0 0 .8rem}
 a{color:var(--accent)}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
@@ -52,20 +52,21 @@ footer{color:var(--soft);font-size:.85rem;padding-top:3rem;padding-bottom:3rem}
 flex-direction:column}
 .tile h3{font-size:.93rem;color:var(--soft);font-weight:600;margin:0}
 .tile p{margin:0}
-.big{font-size:1.5rem;line-height:1.35;font-weight:650;letter-spacing:-.02em;white-space:nowrap}
+.big{font-size:1.4rem;line-height:1.35;font-weight:650;letter-spacing:-.02em;white-space:nowrap}
 .was{color:var(--soft);font-weight:450}.arrow{color:var(--soft);font-weight:400;padding:0 .1em}
 .ends{display:flex;justify-content:space-between;color:var(--soft);font-size:.72rem;line-height:1.2}
 .tile .interval{font-size:.85rem;margin:.5rem 0 .3rem;min-height:2.6em;line-height:1.35}
-.explained{color:var(--soft);font-size:.8rem;line-height:1.35;margin-top:auto!important}
+.explained{color:var(--soft);font-size:.8rem;line-height:1.35;}
 .legend-row{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:.2rem 0 .9rem;font-size:.9rem}
 .chip{display:inline-flex;align-items:center;gap:.4em;white-space:nowrap}
 .swatch{display:inline-block;width:.8em;height:.8em;border-radius:2px;background:var(--k)}
-.sign{display:inline-block;width:12px;height:12px;border-radius:50%;border:2px solid}
+.sign{display:inline-block;width:12px;height:12px;border:2px solid}.sign.round{border-radius:50%}
 .sign.before{border-color:var(--was);background:var(--surface)}.sign.after{border-color:var(--accent);background:var(--accent)}
+.sign.square{border-width:1px}.sign.square.before{background:var(--was-fill)}.sign.square.after{background:var(--level)}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,380px),1fr));gap:1.6rem 2.2rem;margin:.4rem 0 1rem}
 .pair>*{min-width:0}
 figure{margin:0}
-figcaption{font-weight:600;margin-bottom:.4rem;display:flex;flex-wrap:wrap;gap:0 .7em;align-items:baseline}
+figcaption{font-weight:600;margin-bottom:.4rem;display:flex;flex-wrap:wrap;flex-direction:column}
 svg{display:block;font-family:inherit;overflow:visible}
 svg.fixed{width:100%;height:auto;max-width:430px}
 svg.chart{width:100%;height:auto;margin:.6rem 0 1rem}
@@ -80,16 +81,17 @@ svg.narrow{display:none}
 .curve{fill:none;stroke-linejoin:round;stroke-linecap:round;stroke-width:2}
 .raw{stroke:var(--raw);stroke-width:1}.smooth{stroke:var(--accent);stroke-width:2.4}
 .eval{stroke:var(--eval);stroke-dasharray:5 4}.eval-dot{fill:var(--eval)}.best{fill:none;stroke:var(--eval);stroke-width:1.6}
-.plain{stroke:var(--accent);stroke-width:1.5}
+.plain{stroke:var(--accent);stroke-width:1.2}
 text.halo{paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}
 .heat{fill:var(--heat);stroke:none}.diagonal{stroke:var(--ink);stroke-width:1.5}
 .on{fill:#000}.on.light-flip{fill:#fff}
 @media screen and (prefers-color-scheme:dark){.on,.on.light-flip{fill:#fff}.on.dark-flip{fill:#000}}
 .whisker{stroke-width:1.6}.whisker.before{stroke:var(--was)}.whisker.after{stroke:var(--accent)}
-.whisker.over{stroke:var(--ink);stroke-width:1.4}.whisker.halo{stroke:var(--bg);stroke-width:4.4;stroke-linecap:square}
+.whisker.over{stroke:var(--ink);stroke-width:1.4}
 .point.before{fill:var(--surface);stroke:var(--was);stroke-width:2}.point.after{fill:var(--accent);stroke:var(--accent);stroke-width:2}
 .span.before{fill:var(--was-fill)}.span.after{fill:var(--accent);fill-opacity:.32}
-.column.before,.level.before{fill:var(--was-fill);stroke:var(--was);stroke-width:1}.column.after,.level.after{fill:var(--accent)}
+.column.before,.level.before{fill:var(--was-fill);stroke:var(--was);stroke-width:1}.column.after{fill:var(--accent)}
+.level.after{fill:var(--level);stroke:var(--accent);stroke-width:1}
 .piece{fill:var(--k);stroke:var(--surface);stroke-width:2}
 .on-label{fill:var(--on);font-size:12.5px}.on-label.strong{font-weight:650}
 .swatch,.sign,svg{print-color-adjust:exact;-webkit-print-color-adjust:exact}
@@ -105,7 +107,9 @@ break-inside:avoid}
 .tags{display:flex;flex-wrap:wrap;gap:.15rem .6rem;align-items:center;margin:0;font-size:.85rem;color:var(--soft)}
 .note{border:1px solid var(--line);border-radius:9px;padding:0 .6em}
 .answers{align-self:center}
+.split table,.pair>div>.scroll>table{width:100%}
 .answer{display:grid;grid-template-columns:3.4em minmax(0,1fr) 4.6em;gap:0 10px;align-items:center}
+.answer.alone{grid-template-columns:minmax(0,1fr)}
 .when{font-size:.82rem;color:var(--soft)}.mark{font-size:.87rem;white-space:nowrap}
 .mark.right{color:var(--right)}.mark.wrong{color:var(--wrong);font-weight:650}
 details{border-top:1px solid var(--grid);padding:.35rem 0}
@@ -114,7 +118,7 @@ summary{cursor:pointer;color:var(--accent);font-size:.93rem;padding:.2rem 0}
 table{border-collapse:collapse;font-size:.88rem;line-height:1.4;min-width:50%}
 th,td{text-align:left;padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--grid);vertical-align:top}
 thead th{color:var(--soft);font-weight:600;border-bottom-color:var(--line);white-space:nowrap}
-tbody th{font-weight:500;overflow-wrap:anywhere}
+tbody th{font-weight:500}
 .num{text-align:right;white-space:nowrap}
 pre{overflow-x:auto;background:var(--surface);border:1px solid var(--line);border-radius:6px;padding:.7rem .9rem;font-size:.86rem}
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
@@ -127,8 +131,10 @@ svg.wide{display:none}svg.narrow{display:block}
 .kind{grid-template-columns:1fr auto;gap:2px 12px;padding:6px 0}
 .kind .bar{grid-column:1/-1;grid-row:2}.kind-name{flex-direction:row;gap:.6em;align-items:baseline}
 .card{grid-template-columns:minmax(0,1fr)}
-.answers{align-self:auto}
-.list>div{grid-template-columns:1fr 1fr}}
+.answers{align-self:auto}.answer{gap:0 8px;grid-template-columns:2.9em minmax(0,1fr) 4.1em}.answer.alone{grid-template-columns:minmax(0,1fr)}
+.facts{display:grid;grid-template-columns:1fr 1fr;gap:.6rem 1rem}.facts>div:only-child{grid-column:1/-1}
+.list>div{grid-template-columns:1fr 1fr}
+table{font-size:.84rem}th,td{padding-right:.7rem}}
 @media print{
 body{background:#fff;font-size:10.5pt}nav,.skip{display:none}header{padding-top:0}
 header,main,footer{max-width:none;padding-left:0;padding-right:0}
@@ -136,7 +142,7 @@ section{padding-top:1.2rem}h2,h3,.caption{break-after:avoid}
 .tile,figure,.kind,.split,svg,tr{break-inside:avoid}
 .pair{grid-template-columns:1fr 1fr}.tiles{grid-template-columns:repeat(4,1fr);gap:8px}.big{font-size:1.05rem}
 .scroll{overflow:visible}pre{white-space:pre-wrap}
-details::details-content{content-visibility:visible;height:auto}
+details:not(.long)::details-content{content-visibility:visible;height:auto}
 a{color:inherit;text-decoration:none}}
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 "#;
@@ -151,7 +157,8 @@ mod tests {
     /// The value of a variable in the light (first) or dark (second) block.
     fn color(name: &str, dark: bool) -> Rgb {
         let pattern = format!("--{name}:#");
-        let at = STYLE.match_indices(&pattern).nth(usize::from(dark)).map(|(i, _)| i + pattern.len()).expect("a colour");
+        let at =
+            STYLE.match_indices(&pattern).nth(usize::from(dark)).map(|(i, _)| i + pattern.len()).expect("a colour");
         hex(&STYLE[at..at + 6])
     }
 

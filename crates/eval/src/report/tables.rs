@@ -1,13 +1,18 @@
 //! Tables: the numbers behind the pictures, the data, the configuration, the files.
 
+use super::examples::MOST_CARDS;
 use super::html::Html;
-use crate::numbers::{bytes, count, decimal, duration, percent};
-use super::svg::bars;
+use super::svg::{bars, short};
 use super::{HistoryRow, Report, Split};
 use crate::metrics::Metrics;
+use crate::numbers::{bytes, count, decimal, duration, percent};
 
 /// Rows of the training history that the page keeps.
 const MOST_HISTORY: usize = 200;
+
+/// Rows of any table that the page keeps, and characters of a cell.
+const MOST_ROWS: usize = 1000;
+const LONGEST_CELL: usize = 2000;
 
 /// A table that scrolls in its own box. The first column names the row; columns after it that hold numbers only are set
 /// to the right.
@@ -15,7 +20,8 @@ pub(super) fn table(caption: &str, header: &[&str], rows: &[Vec<String>]) -> Htm
     let numeric = |column: usize| {
         column > 0
             && rows.iter().all(|r| {
-                r.get(column).is_none_or(|c| !c.chars().any(char::is_alphabetic) || c.contains(" to ") || c.ends_with('B'))
+                r.get(column)
+                    .is_none_or(|c| !c.chars().any(char::is_alphabetic) || c.contains(" to ") || c.ends_with('B'))
             })
     };
     let class = |column: usize| if numeric(column) { "num" } else { "" };
@@ -27,25 +33,37 @@ pub(super) fn table(caption: &str, header: &[&str], rows: &[Vec<String>]) -> Htm
         html.leaf("th", &[("scope", "col"), ("class", class)], name);
     }
     html.raw("</tr></thead><tbody>\n");
-    for row in rows {
+    for row in rows.iter().take(MOST_ROWS) {
         html.raw("<tr>");
         for (i, (cell, class)) in row.iter().zip(&classes).enumerate() {
             if i == 0 {
-                html.leaf("th", &[("scope", "row")], cell);
+                html.leaf("th", &[("scope", "row")], &short(cell, LONGEST_CELL));
             } else {
-                html.leaf("td", &[("class", class)], cell);
+                html.leaf("td", &[("class", class)], &short(cell, LONGEST_CELL));
             }
         }
         html.raw("</tr>\n");
     }
     html.raw("</tbody></table>").close("div");
+    if let Some(more) = rows.len().checked_sub(MOST_ROWS).filter(|m| *m > 0) {
+        html.leaf("p", &[("class", "caption")], &format!("{} more rows are not shown.", count(more as u64)));
+    }
     html
 }
 
-/// A table that opens on demand.
+/// A table that opens on demand, and on paper.
 pub(super) fn behind(summary: &str, content: &Html) -> Html {
+    details("", summary, content)
+}
+
+/// A table too long for paper: it opens on demand only.
+pub(super) fn behind_on_screen(summary: &str, content: &Html) -> Html {
+    details("long", summary, content)
+}
+
+fn details(class: &str, summary: &str, content: &Html) -> Html {
     let mut html = Html::new();
-    html.open("details", &[]).leaf("summary", &[], summary).append(content).close("details");
+    html.open("details", &[("class", class)]).leaf("summary", &[], summary).append(content).close("details");
     html
 }
 
@@ -155,9 +173,40 @@ pub(super) fn history(history: &[HistoryRow]) -> Html {
             ]
         })
         .collect();
-    let header =
-        ["Step", "Epoch", "Loss", "Evaluation loss", "Learning rate", "Gradient norm", "Texts/s", "Tokens/s"];
+    let header = ["Step", "Epoch", "Loss", "Evaluation loss", "Learning rate", "Gradient norm", "Texts/s", "Tokens/s"];
     table("Training history", &header, &rows)
+}
+
+/// A row of a table of probabilities.
+fn probabilities(text: &str, when: &str, truth: Option<usize>, given: &[f32], labels: &[String]) -> Vec<String> {
+    const BEGINNING: usize = 60;
+    let truth = truth.and_then(|t| labels.get(t)).map_or("–", String::as_str);
+    let shares = (0..labels.len()).map(|l| given.get(l).map_or("–".into(), |p| percent(f64::from(*p))));
+    [short(text, BEGINNING), when.into(), truth.into()].into_iter().chain(shares).collect()
+}
+
+fn probability_table(caption: &str, labels: &[String], rows: &[Vec<String>]) -> Html {
+    let header: Vec<&str> = ["Text", "When", "Truth"].into_iter().chain(labels.iter().map(String::as_str)).collect();
+    table(caption, &header, rows)
+}
+
+/// The numbers behind the bars of the examples.
+pub(super) fn examples(report: &Report) -> Html {
+    let mut rows = Vec::new();
+    for example in report.examples.iter().take(MOST_CARDS) {
+        for (when, given) in [("before", &example.before), ("after", &example.after)] {
+            let row = |given: &Vec<f32>| probabilities(&example.text, when, example.expected, given, &report.labels);
+            rows.extend(given.as_ref().map(row));
+        }
+    }
+    probability_table("Probabilities of the examples", &report.labels, &rows)
+}
+
+/// The numbers behind the bars of the mistakes.
+pub(super) fn mistakes(report: &Report) -> Html {
+    let row = |m: &super::Mistake| probabilities(&m.text, "after", Some(m.truth), &m.probabilities, &report.labels);
+    let rows: Vec<Vec<String>> = report.mistakes.iter().take(MOST_CARDS).map(row).collect();
+    probability_table("Probabilities of the mistakes", &report.labels, &rows)
 }
 
 /// One split: a bar by label, and a table by kind.
@@ -204,10 +253,7 @@ pub(super) fn timings(report: &Report) -> Html {
 }
 
 pub(super) fn files(report: &Report) -> Html {
-    let rows: Vec<Vec<String>> = report
-        .files
-        .iter()
-        .map(|f| vec![f.path.clone(), f.bytes.map_or("–".into(), bytes), f.note.clone()])
-        .collect();
+    let rows: Vec<Vec<String>> =
+        report.files.iter().map(|f| vec![f.path.clone(), f.bytes.map_or("–".into(), bytes), f.note.clone()]).collect();
     table("Files of this run", &["File", "Size", "What it is"], &rows)
 }

@@ -42,6 +42,16 @@ pub(crate) struct AddedTokens {
 }
 
 impl AddedTokens {
+    pub(crate) fn has(&self, id: u32) -> bool {
+        self.tokens.iter().any(|token| token.id == id)
+    }
+
+    pub(crate) fn retain(&mut self, keep: impl Fn(u32) -> bool) {
+        for list in &mut self.by_first_byte {
+            list.retain(|&index| keep(self.tokens[index as usize].id));
+        }
+    }
+
     pub(crate) fn new(tokens: Vec<AddedToken>) -> Result<Self> {
         if tokens.len() > MAX_ADDED {
             return Err(Error::Tokenizer(format!("{} added tokens, expected at most {MAX_ADDED}", tokens.len())));

@@ -39,10 +39,7 @@ pub(super) fn read(gguf: &Gguf) -> Result<Tokenizer> {
         "gpt2" => byte_level(gguf, &tokens)?,
         "llama" => sentencepiece_model(gguf, &tokens, &kinds)?,
         other => {
-            return Err(fail(format!(
-                "tokenizer model {} is not read, expected \"gpt2\" or \"llama\"",
-                quoted(other)
-            )));
+            return Err(fail(format!("tokenizer model {} is not read, expected \"gpt2\" or \"llama\"", quoted(other))));
         }
     };
     for (id, kind) in kinds.iter().enumerate() {
@@ -73,8 +70,9 @@ pub(super) fn read(gguf: &Gguf) -> Result<Tokenizer> {
             parts.added.push(AddedToken::new(named, tokens[named as usize], true));
         }
     }
-    // llama.cpp's default where the flag is missing.
-    parts.adds_bos = gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(model == "llama");
+    // llama.cpp's defaults where the flag is missing: SentencePiece and Llama 3 begin texts with it.
+    let whole_words = matches!(parts.symbols, Symbols::Bytes { whole_words: Some(_), .. });
+    parts.adds_bos = gguf.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(model == "llama" || whole_words);
     Tokenizer::build(parts)
 }
 
@@ -156,12 +154,8 @@ fn sentencepiece_model(gguf: &Gguf, tokens: &[&str], kinds: &[Kind]) -> Result<P
     if scores.len() != tokens.len() {
         return Err(fail(format!("{} token scores for {} tokens", scores.len(), tokens.len())));
     }
-    let pieces: Vec<Piece<'_>> = tokens
-        .iter()
-        .zip(&scores)
-        .zip(kinds)
-        .map(|((text, &score), &kind)| Piece { text, score, kind })
-        .collect();
+    let pieces: Vec<Piece<'_>> =
+        tokens.iter().zip(&scores).zip(kinds).map(|((text, &score), &kind)| Piece { text, score, kind }).collect();
     let prefix = match gguf.bool("tokenizer.ggml.add_space_prefix")? {
         Some(false) => SpacePrefix::Never,
         _ => SpacePrefix::Always,

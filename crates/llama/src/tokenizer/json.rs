@@ -220,6 +220,7 @@ fn parts(json: TokenizerJson) -> Result<Parts, String> {
                 prefix,
                 chars,
                 inner: Vec::new(),
+                inner_base: size,
                 bytes,
                 unknown,
                 fuse_unknown: model.fuse_unk,
@@ -399,7 +400,7 @@ fn split_step(component: &Value) -> Option<Step> {
     match (behavior, inverted, pattern) {
         ("Isolated", false, LLAMA3) | ("Removed", true, LLAMA3) => Some(Step::Llama3),
         ("Isolated", false, GPT2) | ("Removed", true, GPT2) => Some(Step::Gpt2),
-        ("Isolated", false, r"\p{N}" | r"\d") if pattern == r"\p{N}" => Some(Step::Digits { individual: true }),
+        ("Isolated", false, r"\p{N}") => Some(Step::Digits { individual: true }),
         _ => None,
     }
 }

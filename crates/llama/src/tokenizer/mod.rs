@@ -24,6 +24,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 pub use decode::DecodeStream;
+pub(crate) use json::{read_companion, read_limited, token_text};
 
 use self::added::{AddedToken, AddedTokens};
 use self::bpe::Merges;
@@ -65,8 +66,9 @@ enum Symbols {
     Characters {
         prefix: SpacePrefix,
         chars: HashMap<char, u32>,
-        /// Characters that are no token but occur inside tokens: symbol `vocabulary size + i` is `inner[i]`.
+        /// Characters that are no token but occur inside tokens: symbol `inner_base + i` is `inner[i]`.
         inner: Vec<char>,
+        inner_base: usize,
         /// Tokens of the 256 bytes, for characters without a token.
         bytes: Option<Box<[u32; 256]>>,
         unknown: Option<u32>,
@@ -144,8 +146,19 @@ impl Tokenizer {
     }
 
     fn build(parts: Parts) -> Result<Self> {
-        let Parts { mut tokens, merges, symbols, added, decoder, special: ids_special, bos, eos, pad, unknown, adds_bos } =
-            parts;
+        let Parts {
+            mut tokens,
+            merges,
+            symbols,
+            added,
+            decoder,
+            special: ids_special,
+            bos,
+            eos,
+            pad,
+            unknown,
+            adds_bos,
+        } = parts;
         for token in &added {
             let at = token.id as usize;
             if at >= MAX_VOCAB {
@@ -181,6 +194,29 @@ impl Tokenizer {
         Ok(Tokenizer { tokens, ids, merges, symbols, added, decoder, special, bos, eos, pad, unknown, adds_bos })
     }
 
+    /// Drops added tokens that a model with `rows` embeddings has no row for: directories exist whose `added_tokens.json`
+    /// names a `<pad>` that the model never got.
+    ///
+    /// # Errors
+    /// When a token of the vocabulary proper has no row.
+    pub(crate) fn limit(&mut self, rows: usize) -> Result<()> {
+        if self.tokens.len() <= rows {
+            return Ok(());
+        }
+        let proper = |id: usize| self.tokens[id].is_some() && !self.added.has(id as u32);
+        if let Some(id) = (rows..self.tokens.len()).find(|&id| proper(id)) {
+            return Err(Error::Tokenizer(format!("token {id} is beyond the model's embedding of {rows} rows")));
+        }
+        self.added.retain(|id| (id as usize) < rows);
+        self.tokens.truncate(rows);
+        self.special.truncate(rows);
+        self.ids.retain(|_, id| (*id as usize) < rows);
+        for named in [&mut self.bos, &mut self.eos, &mut self.pad, &mut self.unknown] {
+            *named = named.filter(|&id| (id as usize) < rows);
+        }
+        Ok(())
+    }
+
     /// Ids of plain text. Nothing in it becomes a special token, and none is added.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         self.encode_around(text, &[0..text.len()])
@@ -189,7 +225,13 @@ impl Tokenizer {
     /// Ids of a rendered conversation: markup outside the content ranges becomes special tokens, look-alikes inside stay
     /// plain text. For contents without look-alikes the ids are those of Transformers' `apply_chat_template`.
     pub fn encode_rendered(&self, rendered: &Rendered) -> Vec<u32> {
-        self.encode_around(&rendered.text, &rendered.content)
+        let content = &rendered.content;
+        if content.is_sorted_by_key(|range| range.start) {
+            return self.encode_around(&rendered.text, content);
+        }
+        let mut content = content.clone();
+        content.sort_by_key(|range| range.start);
+        self.encode_around(&rendered.text, &content)
     }
 
     /// Cuts `text` at the added tokens that may be recognised and encodes what lies between.
@@ -228,7 +270,8 @@ impl Tokenizer {
     }
 
     fn encode_characters(&self, text: &str, at_start: bool, out: &mut Vec<u32>) {
-        let Symbols::Characters { prefix, chars, inner, bytes, unknown, fuse_unknown, cut } = &self.symbols else {
+        let Symbols::Characters { prefix, chars, inner, inner_base, bytes, unknown, fuse_unknown, cut } = &self.symbols
+        else {
             return;
         };
         let begins_with_space = text.starts_with([' ', UNDERLINE]);
@@ -242,7 +285,7 @@ impl Tokenizer {
         let mut emit = |symbols: &mut Vec<u32>| {
             self.merges.apply(symbols);
             for &symbol in symbols.iter() {
-                let c = inner.get((symbol as usize).wrapping_sub(self.tokens.len())).copied();
+                let c = inner.get((symbol as usize).wrapping_sub(*inner_base)).copied();
                 match c {
                     None if symbol != NO_ID => {
                         last_was_unknown = false;

@@ -14,7 +14,9 @@ pub(crate) const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
     /// Numbers apart from the rest, every digit alone (`individual`) or runs together.
-    Digits { individual: bool },
+    Digits {
+        individual: bool,
+    },
     Gpt2,
     Llama3,
     /// A space before every piece that begins with none (`ByteLevel` with `add_prefix_space`).

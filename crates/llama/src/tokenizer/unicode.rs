@@ -23,8 +23,9 @@ impl Table {
         for (pattern, class) in
             [(r"\p{L}", CharClass::Letter), (r"\p{N}", CharClass::Number), (r"\p{White_Space}", CharClass::Space)]
         {
-            let Ok(hir) = regex_syntax::parse(pattern) else { continue };
-            let HirKind::Class(Class::Unicode(ranges)) = hir.kind() else { continue };
+            // The patterns are constants: a failure means that the crate was built without its Unicode tables.
+            let hir = regex_syntax::parse(pattern).unwrap_or_else(|e| panic!("{pattern}: {e}"));
+            let HirKind::Class(Class::Unicode(ranges)) = hir.kind() else { panic!("{pattern} is no character class") };
             for range in ranges.iter() {
                 for code in range.start() as usize..=range.end() as usize {
                     table[code / 4] |= (class as u8) << (2 * (code % 4));

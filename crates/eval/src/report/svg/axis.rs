@@ -1,8 +1,8 @@
 //! Axes: round ticks, their labels, and the way from a value to a coordinate.
 
-use crate::report::html::Html;
-use crate::numbers::{count, decimal};
 use super::{Anchor, line, text};
+use crate::numbers::{count, decimal};
+use crate::report::html::Html;
 
 /// A linear scale from values to coordinates.
 #[derive(Clone, Copy)]
@@ -31,7 +31,8 @@ pub(in crate::report) fn ticks(low: f64, high: f64, wanted: usize, whole: bool) 
     }
     let rough = span / wanted.max(1) as f64;
     let power = 10f64.powf(rough.log10().floor());
-    let mut step = [1.0, 2.0, 2.5, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough * 0.999).unwrap_or(rough);
+    let mut step =
+        [1.0, 2.0, 2.5, 5.0, 10.0].map(|m| m * power).into_iter().find(|s| *s >= rough * 0.999).unwrap_or(rough);
     if whole {
         if (step / power - 2.5).abs() < 1e-9 && power < 10.0 {
             step = 5.0 * power;
@@ -60,7 +61,8 @@ pub(in crate::report) fn label(value: f64, step: f64) -> String {
     if step >= 1.0 && step.fract() == 0.0 && value >= 0.0 {
         return count(value.round() as u64);
     }
-    let decimals = (0..=4).find(|d| (step * 10f64.powi(*d)).fract().abs() < 1e-6 || (step * 10f64.powi(*d)).fract() > 1.0 - 1e-6);
+    let decimals =
+        (0..=4).find(|d| (step * 10f64.powi(*d)).fract().abs() < 1e-6 || (step * 10f64.powi(*d)).fract() > 1.0 - 1e-6);
     decimal(value, decimals.unwrap_or(4) as usize)
 }
 

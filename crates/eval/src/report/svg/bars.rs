@@ -1,13 +1,13 @@
 //! Bars that stretch with their place: probabilities of one text, a score with its interval, counts by label.
 
-use crate::report::html::{Html, px};
-use crate::numbers::percent;
 use super::{Anchor, label_class, open_stretched, short};
 use crate::bootstrap::Interval;
+use crate::numbers::percent;
+use crate::report::html::{Html, px};
 
 /// "62 %" and "Positive 62 %" need so much of the bar on a phone.
-const ROOM_FOR_NUMBER: f64 = 0.13;
-const ROOM_FOR_NAME: f64 = 0.36;
+const ROOM_FOR_NUMBER: f64 = 0.15;
+const ROOM_FOR_NAME: f64 = 0.45;
 
 fn across(share: f64) -> String {
     format!("{}%", px(100.0 * share.clamp(0.0, 1.0)))
@@ -26,11 +26,7 @@ fn bar(html: &mut Html, class: &str, (from, to): (f64, f64), (y, height): (f64, 
 }
 
 fn text(html: &mut Html, class: &str, (x, y): (f64, f64), anchor: Anchor, text: &str) {
-    html.leaf(
-        "text",
-        &[("class", class), ("x", &across(x)), ("y", &px(y)), ("text-anchor", anchor.name())],
-        text,
-    );
+    html.leaf("text", &[("class", class), ("x", &across(x)), ("y", &px(y)), ("text-anchor", anchor.name())], text);
 }
 
 /// Shares of a whole, one piece per label, each with its share inside where there is room.
@@ -72,10 +68,10 @@ pub(in crate::report) fn with_intervals(before: Option<Interval>, after: Option<
         let top = 5.0 + 17.0 * i as f64;
         bar(&mut html, &format!("level {class}"), (0.0, interval.value), (top, 12.0));
         let middle = top + 6.0;
-        for part in ["whisker halo", "whisker over"] {
-            line(&mut html, part, (interval.low, middle), (interval.high, middle));
-            line(&mut html, part, (interval.low, middle - 4.0), (interval.low, middle + 4.0));
-            line(&mut html, part, (interval.high, middle - 4.0), (interval.high, middle + 4.0));
+        let ends = (interval.low, interval.high);
+        line(&mut html, "whisker over", (ends.0, middle), (ends.1, middle));
+        for end in [ends.0, ends.1] {
+            line(&mut html, "whisker over", (end, middle - 4.0), (end, middle + 4.0));
         }
     }
     html.close("svg");
@@ -88,7 +84,13 @@ pub(in crate::report) fn share_axis() -> Html {
     html.raw("<svg width=\"100%\" height=\"20\" class=\"bar\" aria-hidden=\"true\">");
     for share in [0.0, 0.25, 0.5, 0.75, 1.0] {
         line(&mut html, "axis", (share, 0.0), (share, 4.0));
-        text(&mut html, "tick", (share, 16.0), Anchor::Middle, &format!("{:.0}\u{a0}%", share * 100.0));
+        // The labels at the ends stay within the page.
+        let anchor = match share {
+            0.0 => Anchor::Start,
+            1.0 => Anchor::End,
+            _ => Anchor::Middle,
+        };
+        text(&mut html, "tick", (share, 16.0), anchor, &format!("{:.0}\u{a0}%", share * 100.0));
     }
     html.close("svg");
     html
@@ -114,10 +116,10 @@ pub(in crate::report) fn dumbbell(
     }
     for (class, interval) in [("before", before), ("after", after)] {
         let Some(interval) = interval else { continue };
-        bar(&mut html, &format!("span {class}"), (at(interval.low), at(interval.high)), (12.0, 10.0));
+        bar(&mut html, &format!("span {class}"), (at(interval.low), at(interval.high)), (10.0, 14.0));
         html.void(
             "circle",
-            &[("class", &format!("point {class}")), ("cx", &across(at(interval.value))), ("cy", "17"), ("r", "6")],
+            &[("class", &format!("point {class}")), ("cx", &across(at(interval.value))), ("cy", "17"), ("r", "4.5")],
         );
     }
     html.close("svg");
@@ -139,7 +141,11 @@ mod tests {
         let labels: Vec<String> = ["Positive", "Neutral", "Negative"].map(String::from).to_vec();
         for shares in [vec![0.2, 0.5, 0.3], vec![2.0, 5.0, 3.0], vec![0.2, 0.5, 0.3, 9.0]] {
             let html = stacked(&shares[..3], &labels, None, "x");
-            assert!(html.as_str().contains("x=\"20%\"") && html.as_str().contains("width=\"50%\""), "{}", html.as_str());
+            assert!(
+                html.as_str().contains("x=\"20%\"") && html.as_str().contains("width=\"50%\""),
+                "{}",
+                html.as_str()
+            );
         }
         for broken in [vec![], vec![f64::NAN, -1.0, f64::INFINITY], vec![0.0; 3]] {
             let html = stacked(&broken, &labels, Some(7), "x");

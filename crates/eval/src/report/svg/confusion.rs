@@ -1,12 +1,12 @@
 //! A confusion matrix: what each sort of text was taken for.
 
-use crate::report::html::{Html, px};
-use crate::numbers::count;
 use super::{Anchor, open, rect, short, text};
+use crate::numbers::count;
+use crate::report::html::{Html, px};
 
 /// From these opacities of `--heat` on, black (light) and white (dark) letters are no longer the most readable.
 /// The test in `style` checks the contrast of both themes over the whole range.
-pub(in crate::report) const LIGHT_FLIPS: f64 = 0.60;
+pub(in crate::report) const LIGHT_FLIPS: f64 = 0.74;
 pub(in crate::report) const DARK_FLIPS: f64 = 0.56;
 
 /// The opacity that stands for a share of a row.
@@ -20,9 +20,11 @@ pub(in crate::report) fn draw(confusion: &[Vec<u64>], labels: &[String], name: &
     let cell = |row: usize, column: usize| confusion.get(row).and_then(|r| r.get(column)).copied().unwrap_or(0);
     const WIDTH: f64 = 400.0;
     let left = 92.0;
-    let side = ((WIDTH - left - 2.0) / n as f64).min(120.0);
-    let high = if n <= 4 { side * 0.66 } else { side };
     let slanted = n > 5;
+    // The last of the slanted names leans over the edge of the matrix.
+    let right = if slanted { 46.0 } else { 2.0 };
+    let side = ((WIDTH - left - right) / n as f64).min(120.0);
+    let high = if n <= 4 { side * 0.66 } else { side };
     let top = if slanted { 92.0 } else { 46.0 };
 
     let mut html = Html::new();

@@ -33,24 +33,21 @@ pub(super) fn open(html: &mut Html, width: f64, height: f64, class: &str, label:
 pub(super) fn open_stretched(html: &mut Html, height: f64, label: &str) {
     html.open(
         "svg",
-        &[
-            ("width", "100%"),
-            ("height", &px(height)),
-            ("class", "bar"),
-            ("role", "img"),
-            ("aria-label", label),
-        ],
+        &[("width", "100%"), ("height", &px(height)), ("class", "bar"), ("role", "img"), ("aria-label", label)],
     );
 }
 
 pub(super) fn line(html: &mut Html, class: &str, (x1, y1): (f64, f64), (x2, y2): (f64, f64)) {
-    html.void(
-        "line",
-        &[("class", class), ("x1", &px(x1)), ("y1", &px(y1)), ("x2", &px(x2)), ("y2", &px(y2))],
-    );
+    html.void("line", &[("class", class), ("x1", &px(x1)), ("y1", &px(y1)), ("x2", &px(x2)), ("y2", &px(y2))]);
 }
 
-pub(super) fn rect(html: &mut Html, class: &str, (x, y): (f64, f64), (width, height): (f64, f64), more: Attributes<'_>) {
+pub(super) fn rect(
+    html: &mut Html,
+    class: &str,
+    (x, y): (f64, f64),
+    (width, height): (f64, f64),
+    more: Attributes<'_>,
+) {
     let (x, y, w, h) = (px(x), px(y), px(width.max(0.0)), px(height.max(0.0)));
     let mut attributes = vec![("class", class), ("x", &*x), ("y", &*y), ("width", &*w), ("height", &*h)];
     attributes.extend_from_slice(more);
@@ -80,11 +77,7 @@ impl Anchor {
 }
 
 pub(super) fn text(html: &mut Html, class: &str, (x, y): (f64, f64), anchor: Anchor, text: &str) {
-    html.leaf(
-        "text",
-        &[("class", class), ("x", &px(x)), ("y", &px(y)), ("text-anchor", anchor.name())],
-        text,
-    );
+    html.leaf("text", &[("class", class), ("x", &px(x)), ("y", &px(y)), ("text-anchor", anchor.name())], text);
 }
 
 /// A label cut to `longest` characters, for places that cannot grow.

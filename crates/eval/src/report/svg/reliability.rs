@@ -1,10 +1,10 @@
 //! A reliability diagram: how often the model is right when it is so sure, and how often it is so sure.
 
-use crate::report::html::Html;
-use crate::numbers::count;
 use super::axis::Scale;
 use super::{Anchor, dot, line, open, rect, text};
 use crate::calibration::Bin;
+use crate::numbers::count;
+use crate::report::html::Html;
 
 /// Wilson's 95 % interval for a share of `n`: honest for small counts, where the normal one leaves 0 to 1.
 pub(in crate::report) fn wilson(share: f64, n: u64) -> (f64, f64) {
@@ -22,11 +22,11 @@ pub(in crate::report) fn wilson(share: f64, n: u64) -> (f64, f64) {
 /// `scale_count` is the highest count of a bin over all the diagrams that stand side by side.
 pub(in crate::report) fn draw(bins: &[Bin], scale_count: u64, class: &str, name: &str) -> Html {
     let (left, right, top, bottom) = (46.0, 392.0, 10.0, 286.0);
-    let (counts_top, counts_bottom) = (312.0, 372.0);
+    let (counts_top, counts_bottom) = (330.0, 390.0);
     let x = Scale { low: 0.0, high: 1.0, from: left, to: right };
     let y = Scale { low: 0.0, high: 1.0, from: bottom, to: top };
     let mut html = Html::new();
-    open(&mut html, 400.0, 412.0, "fixed", name);
+    open(&mut html, 400.0, 430.0, "fixed", name);
     for share in [0.0, 0.25, 0.5, 0.75, 1.0] {
         line(&mut html, "grid", (left, y.at(share)), (right, y.at(share)));
         let label = format!("{:.0}\u{a0}%", share * 100.0);
@@ -36,8 +36,6 @@ pub(in crate::report) fn draw(bins: &[Bin], scale_count: u64, class: &str, name:
         text(&mut html, "tick", (x.at(share), counts_bottom + 17.0), anchor, &label);
     }
     line(&mut html, "ideal", (left, bottom), (right, top));
-    text(&mut html, "tick", (left + 10.0, top + 16.0), Anchor::Start, "right more often than it says");
-    text(&mut html, "tick", (right - 8.0, bottom - 10.0), Anchor::End, "right less often than it says");
 
     for bin in bins.iter().filter(|b| b.count > 0) {
         let at = (x.at(bin.confidence), y.at(bin.accuracy));
@@ -45,7 +43,7 @@ pub(in crate::report) fn draw(bins: &[Bin], scale_count: u64, class: &str, name:
         line(&mut html, &format!("whisker {class}"), (at.0, y.at(low)), (at.0, y.at(high)));
         dot(&mut html, &format!("point {class}"), at, 4.5);
     }
-    text(&mut html, "tick name", (left, counts_top - 8.0), Anchor::Start, "texts at this confidence");
+    text(&mut html, "tick name", (left, counts_top - 20.0), Anchor::Start, "texts at this confidence");
     let counts = Scale { low: 0.0, high: scale_count.max(1) as f64, from: counts_bottom, to: counts_top };
     let most = bins.iter().map(|b| b.count).max().unwrap_or(0);
     for bin in bins.iter().filter(|b| b.count > 0) {

@@ -1,4 +1,4 @@
-//! Metrics against scikit-learn's numbers, the intervals against simulated data, and what must hold for any data.
+//! Metrics against scikit-learn, the intervals against simulated data, and what must hold for any data.
 
 use cashtag_eval::{Judged, Metrics, NO_KIND, RELIABILITY_BINS, by_kind, compare, evaluate};
 use proptest::prelude::*;
@@ -20,7 +20,12 @@ const PROBABILITIES: [[f32; 3]; 12] = [
 const TRUTHS: [usize; 12] = [0, 1, 1, 2, 0, 2, 2, 1, 2, 0, 0, 0];
 
 fn labels(n: usize) -> Vec<String> {
-    ["Positive", "Neutral", "Negative"].into_iter().map(String::from).chain((3..).map(|i| format!("{i}"))).take(n).collect()
+    ["Positive", "Neutral", "Negative"]
+        .into_iter()
+        .map(String::from)
+        .chain((3..).map(|i| format!("{i}")))
+        .take(n)
+        .collect()
 }
 
 fn judged(truth: usize, probabilities: &[f32]) -> Judged {
@@ -59,8 +64,7 @@ fn scikit_learn_gives_the_same_numbers() {
     close(m.mean_confidence, 0.633_333_330_073_704_2);
     close(m.majority_baseline, 5.0 / 12.0);
     assert_eq!(m.confusion, [[3, 1, 1], [1, 1, 1], [0, 1, 3]]);
-    let expected =
-        [(0.75, 0.6, 2.0 / 3.0, 5), (1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0, 3), (0.6, 0.75, 2.0 / 3.0, 4)];
+    let expected = [(0.75, 0.6, 2.0 / 3.0, 5), (1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0, 3), (0.6, 0.75, 2.0 / 3.0, 4)];
     for (class, (precision, recall, f1, support)) in m.per_class.iter().zip(expected) {
         close(class.precision, precision);
         close(class.recall, recall);

@@ -1,0 +1,8 @@
+//! The whole program, run as a user runs it: what it prints, with which code it ends, what it leaves behind.
+
+mod cli;
+mod config;
+mod context;
+mod pull;
+#[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
+mod server;
