@@ -3,10 +3,8 @@
 //
 // Keys are numbered through a segment's spans, so that no span costs a partial key tile of its own. Four warps, 16 query rows each;
 // key tiles of BK keys pass through shared memory, STAGES at a time.
-//
-// Shared tiles have rows of HD elements in 16-byte chunks; chunk c of row r stands at c ^ (r % 8), which makes both the copies and
-// ldmatrix free of bank conflicts.
 #include "attention.cuh"
+#include "tile.cuh"
 
 #if __CUDA_ARCH__ >= 800
 #define STAGES 2
@@ -19,15 +17,13 @@
 #define CHUNKS (HD / 8)
 #define ROW_BYTES (HD * 2)
 
-DEVICE u32 chunk_address(u32 base, u32 row, u32 chunk) { return base + row * ROW_BYTES + ((chunk ^ (row & 7)) << 4); }
-
 // Rows `row .. row + rows` of a head into a shared tile of ROWS rows, zeros below.
 template <int ROWS> DEVICE void copy_rows(u32 base, const T *p, i64 stride, u32 rows) {
     u32 chunk = threadIdx.x % CHUNKS;
 #pragma unroll
     for (u32 i = 0; i < ROWS * CHUNKS / THREADS; i++) {
         const u32 r = threadIdx.x / CHUNKS + i * (THREADS / CHUNKS);
-        copy16(chunk_address(base, r, chunk), p + (r < rows ? (i64)r * stride : 0) + chunk * 8, r < rows);
+        copy16(chunk_address<ROW_BYTES>(base, r, chunk), p + (r < rows ? (i64)r * stride : 0) + chunk * 8, r < rows);
     }
 }
 
@@ -39,25 +35,9 @@ DEVICE void copy_keys(u32 base0, View m0, u32 base1, View m1, const Tile &t, u32
         const u32 r = threadIdx.x / CHUNKS + i * (THREADS / CHUNKS);
         bool inside = key + r < keys;
         i64 row = inside ? key_row(t, key + r) : 0;
-        copy16(chunk_address(base0, r, chunk), m0.p + row * m0.stride + chunk * 8, inside);
-        copy16(chunk_address(base1, r, chunk), m1.p + row * m1.stride + chunk * 8, inside);
+        copy16(chunk_address<ROW_BYTES>(base0, r, chunk), m0.p + row * m0.stride + chunk * 8, inside);
+        copy16(chunk_address<ROW_BYTES>(base1, r, chunk), m1.p + row * m1.stride + chunk * 8, inside);
     }
-}
-
-// Fragment of the left operand: rows row .. row + 16, columns 16k .. 16k + 16 of a shared tile.
-DEVICE void left_fragment(u32 (&a)[4], u32 base, u32 row, u32 k) {
-    u32 lane = threadIdx.x % 32;
-    load_matrices(a, chunk_address(base, row + lane % 16, 2 * k + lane / 16));
-}
-// Fragments of two right operands side by side, whose columns are the tile's rows row .. row + 16: the product with the transpose.
-DEVICE void right_fragments_nt(u32 (&b)[4], u32 base, u32 row, u32 k) {
-    u32 lane = threadIdx.x % 32;
-    load_matrices(b, chunk_address(base, row + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-}
-// The same for the product with the tile itself: k is the tile's rows row .. row + 16, columns 16n .. 16n + 16.
-DEVICE void right_fragments_nn(u32 (&b)[4], u32 base, u32 row, u32 n) {
-    u32 lane = threadIdx.x % 32;
-    load_matrices_transposed(b, chunk_address(base, row + lane % 16, 2 * n + lane / 16));
 }
 
 // s += a·bᵀ for a in registers and BK rows of b in shared memory.
@@ -67,7 +47,7 @@ DEVICE void multiply_nt(float (&s)[BK / 8][4], const u32 (&a)[HD / 16][4], u32 b
 #pragma unroll
         for (int n = 0; n < BK / 16; n++) {
             u32 b[4];
-            right_fragments_nt(b, b_base, 16 * n, k);
+            right_fragments_nt<ROW_BYTES>(b, b_base, 16 * n, k);
             mma(s[2 * n], a[k], b[0], b[1], T());
             mma(s[2 * n + 1], a[k], b[2], b[3], T());
         }
@@ -79,7 +59,7 @@ DEVICE void multiply_nn(float (&acc)[HD / 8][4], const u32 (&p)[BK / 16][4], u32
 #pragma unroll
         for (int n = 0; n < HD / 16; n++) {
             u32 b[4];
-            right_fragments_nn(b, b_base, 16 * k, n);
+            right_fragments_nn<ROW_BYTES>(b, b_base, 16 * k, n);
             mma(acc[2 * n], p[k], b[0], b[1], T());
             mma(acc[2 * n + 1], p[k], b[2], b[3], T());
         }
@@ -102,14 +82,14 @@ DEVICE void write_rows(const float (&acc)[HD / 8][4], float factor0, float facto
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < HD / 8; n++) {
-        shared_store(chunk_address(base, row + g, n) + 4 * c, pack(acc[n][0] * factor0, acc[n][1] * factor0, T()));
-        shared_store(chunk_address(base, row + g + 8, n) + 4 * c, pack(acc[n][2] * factor1, acc[n][3] * factor1, T()));
+        shared_store(chunk_address<ROW_BYTES>(base, row + g, n) + 4 * c, pack(acc[n][0] * factor0, acc[n][1] * factor0, T()));
+        shared_store(chunk_address<ROW_BYTES>(base, row + g + 8, n) + 4 * c, pack(acc[n][2] * factor1, acc[n][3] * factor1, T()));
     }
     __syncwarp();
 #pragma unroll
     for (u32 i = 0; i < CHUNKS / 2; i++) {
         const u32 r = (i * 32 + lane) / CHUNKS, chunk = lane % CHUNKS;
-        if ((int)r < rows) *(uint4 *)(out + (i64)r * stride + chunk * 8) = shared_load16(chunk_address(base, row + r, chunk));
+        if ((int)r < rows) *(uint4 *)(out + (i64)r * stride + chunk * 8) = shared_load16(chunk_address<ROW_BYTES>(base, row + r, chunk));
     }
 }
 
@@ -161,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         if (tile == 0) {
 #pragma unroll
-            for (int i = 0; i < HD / 16; i++) left_fragment(qf[i], q_base, warp * 16, i);
+            for (int i = 0; i < HD / 16; i++) left_fragment<ROW_BYTES>(qf[i], q_base, warp * 16, i);
         }
         // A warp has nothing to do for keys behind its last row.
         if (active && tile * BK <= context + warp * 16 + 15) {
@@ -283,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         if (tile == 0) {
 #pragma unroll
-            for (int i = 0; i < HD / 16; i++) left_fragment(qf[i], q_base, warp * 16, i), left_fragment(dof[i], do_base, warp * 16, i);
+            for (int i = 0; i < HD / 16; i++) left_fragment<ROW_BYTES>(qf[i], q_base, warp * 16, i), left_fragment<ROW_BYTES>(dof[i], do_base, warp * 16, i);
         }
         if (active && tile * BK <= context + warp * 16 + 15) {
             float s[BK / 8][4] = {}, dp[BK / 8][4] = {};
@@ -365,17 +345,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int i = 0; i < HD / 16; i++) {
                 u32 a[4], b[4];
-                left_fragment(a, k_base, warp * 16, i);
+                left_fragment<ROW_BYTES>(a, k_base, warp * 16, i);
 #pragma unroll
                 for (int n = 0; n < BK / 16; n++) {
-                    right_fragments_nt(b, base, 16 * n, i);
+                    right_fragments_nt<ROW_BYTES>(b, base, 16 * n, i);
                     mma(s[2 * n], a, b[0], b[1], T());
                     mma(s[2 * n + 1], a, b[2], b[3], T());
                 }
-                left_fragment(a, v_base, warp * 16, i);
+                left_fragment<ROW_BYTES>(a, v_base, warp * 16, i);
 #pragma unroll
                 for (int n = 0; n < BK / 16; n++) {
-                    right_fragments_nt(b, base + BK * ROW_BYTES, 16 * n, i);
+                    right_fragments_nt<ROW_BYTES>(b, base + BK * ROW_BYTES, 16 * n, i);
                     mma(dp[2 * n], a, b[0], b[1], T());
                     mma(dp[2 * n + 1], a, b[2], b[3], T());
                 }

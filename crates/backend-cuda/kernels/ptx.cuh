@@ -137,6 +137,10 @@ DEVICE uint4 shared_load16(u32 address) {
     return v;
 }
 
+DEVICE void shared_store16(u32 address, uint4 v) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // --- matrix instructions -----------------------------------------------------------------------------------------------
 
 // Four 8×8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.

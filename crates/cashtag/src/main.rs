@@ -5,6 +5,7 @@ mod commands;
 mod exit;
 mod hub;
 mod output;
+mod pipeline;
 mod progress;
 mod settings;
 

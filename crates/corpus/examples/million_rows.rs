@@ -19,16 +19,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     write_rows(&input, rows, json)?;
     let bytes = std::fs::metadata(&input)?.len();
     println!("{rows} rows, {:.0} MB", bytes as f64 / 1e6);
-    let options = PrepareOptions { inputs: vec![input], out_dir: folder.path().join("out"), ..PrepareOptions::default() };
+    let options =
+        PrepareOptions { inputs: vec![input], out_dir: folder.path().join("out"), ..PrepareOptions::default() };
     let start = Instant::now();
     let (mut stage, mut since, mut cpu) = ("", Instant::now(), cpu_seconds());
     let report = prepare(&options, &mut |now, _| {
         if now != stage {
             if !stage.is_empty() {
-                println!("{stage}: {:.1} s, {:.1} s of processor time", since.elapsed().as_secs_f64(), cpu_seconds() - cpu);
+                println!(
+                    "{stage}: {:.1} s, {:.1} s of processor time",
+                    since.elapsed().as_secs_f64(),
+                    cpu_seconds() - cpu
+                );
             }
             (stage, since, cpu) = (now, Instant::now(), cpu_seconds());
         }
+        true
     })?;
     println!("{stage}: {:.1} s, {:.1} s of processor time", since.elapsed().as_secs_f64(), cpu_seconds() - cpu);
     println!("all: {:.1} s; kept {}, dropped {:?}", start.elapsed().as_secs_f64(), report.kept, report.dropped);
@@ -50,9 +56,8 @@ fn cpu_seconds() -> f64 {
 
 fn write_rows(path: &std::path::Path, rows: usize, json: bool) -> std::io::Result<()> {
     let mut rng = Rng::new(1);
-    let vocabulary: Vec<String> = (0..30_000)
-        .map(|_| (0..2 + rng.below(8)).map(|_| (b'a' + rng.below(26) as u8) as char).collect())
-        .collect();
+    let vocabulary: Vec<String> =
+        (0..30_000).map(|_| (0..2 + rng.below(8)).map(|_| (b'a' + rng.below(26) as u8) as char).collect()).collect();
     let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
     if !json {
         writeln!(out, "id,text,label")?;
@@ -69,7 +74,8 @@ fn write_rows(path: &std::path::Path, rows: usize, json: bool) -> std::io::Resul
             }
             _ => {
                 // Zipf: word number n with a probability of about 1/n.
-                let word = |rng: &mut Rng| ((vocabulary.len() as f64).powf(rng.unit()) as usize).min(vocabulary.len() - 1);
+                let word =
+                    |rng: &mut Rng| ((vocabulary.len() as f64).powf(rng.unit()) as usize).min(vocabulary.len() - 1);
                 ((0..8 + rng.below(20)).map(|_| word(&mut rng)).collect(), rng.below(3))
             }
         };

@@ -84,7 +84,8 @@ mod tests {
     #[test]
     fn pauses_grow_within_bounds_and_follow_the_seed() {
         let policy = RetryPolicy::default();
-        for (attempt, low, high) in [(1, 4.0, 6.0), (2, 8.0, 12.0), (3, 16.0, 24.0), (5, 64.0, 70.0), (40, 70.0, 70.0)] {
+        for (attempt, low, high) in [(1, 4.0, 6.0), (2, 8.0, 12.0), (3, 16.0, 24.0), (5, 64.0, 70.0), (40, 70.0, 70.0)]
+        {
             let pause = policy.pause(attempt, 1, 2).as_secs_f64();
             assert!((low..=high).contains(&pause), "attempt {attempt}: {pause}");
         }
@@ -105,7 +106,8 @@ mod tests {
         assert_eq!(retry_after(later, Some("Sun, 06 Nov 1994 08:49:37 GMT"), 0.0), Some(Duration::from_secs(30)));
         assert_eq!(retry_after(later, None, date + 10.0), Some(Duration::from_secs(20)));
         assert_eq!(retry_after(later, None, date + 100.0), Some(Duration::ZERO));
-        for wrong in ["", "soon", "nan", "inf", "1e300", "Sun, 06 Foo 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49 GMT"] {
+        for wrong in ["", "soon", "nan", "inf", "1e300", "Sun, 06 Foo 1994 08:49:37 GMT", "Sun, 06 Nov 1994 08:49 GMT"]
+        {
             assert_eq!(retry_after(wrong, None, 0.0), None, "{wrong}");
         }
     }

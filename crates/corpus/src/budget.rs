@@ -29,11 +29,12 @@ const LIST_PRICES: [(&str, Price); 10] = [
 ];
 
 impl Price {
-    /// The list price of a model, where it is known. Only for OpenAI's own server: elsewhere the name says nothing.
-    pub fn listed(model: &str) -> Option<Self> {
-        let fits = |name: &str| {
-            model.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
-        };
+    /// The list price of a model, where it is known: on OpenAI's own server only, elsewhere the name says nothing.
+    pub fn listed(model: &str, url: &str) -> Option<Self> {
+        if !url.starts_with("https://api.openai.com/") {
+            return None;
+        }
+        let fits = |name: &str| model.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
         LIST_PRICES.iter().filter(|(name, _)| fits(name)).max_by_key(|(name, _)| name.len()).map(|(_, price)| *price)
     }
 
@@ -44,11 +45,13 @@ impl Price {
     /// If it is not two non-negative numbers.
     pub fn parse(text: &str) -> Result<Self> {
         let number = |text: &str| text.trim().parse::<f64>().ok().filter(|price| price.is_finite() && *price >= 0.0);
-        let price = text.split_once('/').and_then(|(prompt, completion)| {
-            Some(Self { prompt: number(prompt)?, completion: number(completion)? })
-        });
+        let price = text
+            .split_once('/')
+            .and_then(|(prompt, completion)| Some(Self { prompt: number(prompt)?, completion: number(completion)? }));
         price.ok_or_else(|| {
-            Error::usage(format!("price {text:?}: expected dollars for a million tokens, prompt/completion, as in 2.5/10"))
+            Error::usage(format!(
+                "price {text:?}: expected dollars for a million tokens, prompt/completion, as in 2.5/10"
+            ))
         })
     }
 
@@ -108,8 +111,7 @@ impl Budget {
         self.totals.requests += 1;
         self.totals.prompt_tokens = self.totals.prompt_tokens.saturating_add(prompt_tokens);
         self.totals.completion_tokens = self.totals.completion_tokens.saturating_add(completion_tokens);
-        self.totals.cost =
-            self.price.map(|price| price.of(self.totals.prompt_tokens, self.totals.completion_tokens));
+        self.totals.cost = self.price.map(|price| price.of(self.totals.prompt_tokens, self.totals.completion_tokens));
     }
 
     /// Sets aside what a request may cost; `false`, and nothing set aside, if that no longer fits.
@@ -161,10 +163,12 @@ mod tests {
 
     #[test]
     fn prices() {
-        assert_eq!(Price::listed("gpt-4"), Some(Price { prompt: 30.0, completion: 60.0 }));
-        assert_eq!(Price::listed("gpt-4o-mini-2024-07-18"), Some(Price { prompt: 0.15, completion: 0.6 }));
-        assert_eq!(Price::listed("llama3"), None);
-        assert_eq!(Price::listed("gpt-4x"), None);
+        let listed = |model: &str| Price::listed(model, "https://api.openai.com/v1/chat/completions");
+        assert_eq!(listed("gpt-4"), Some(Price { prompt: 30.0, completion: 60.0 }));
+        assert_eq!(listed("gpt-4o-mini-2024-07-18"), Some(Price { prompt: 0.15, completion: 0.6 }));
+        assert_eq!(listed("llama3"), None);
+        assert_eq!(listed("gpt-4x"), None);
+        assert_eq!(Price::listed("gpt-4", "http://localhost:8000/v1/chat/completions"), None);
         assert_eq!(Price::parse("2.5/10").unwrap(), Price { prompt: 2.5, completion: 10.0 });
         assert!(Price::parse("2.5").is_err() && Price::parse("-1/2").is_err());
         assert!(Budget::new(Some(1.0), None, None).unwrap_err().to_string().contains("--price"));

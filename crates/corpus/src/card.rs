@@ -74,10 +74,9 @@ pub(crate) fn card(report: &Report) -> String {
         }
     }
     let how = match report.split_by {
-        SplitBy::Seed => format!(
-            "by a hash of the texts and the seed {}, the same share of every kind and label",
-            report.seed
-        ),
+        SplitBy::Seed => {
+            format!("by a hash of the texts and the seed {}, the same share of every kind and label", report.seed)
+        }
         SplitBy::Time => "by time: the latest rows are held out".to_owned(),
     };
     let _ = writeln!(
@@ -120,9 +119,8 @@ fn counts(out: &mut String, train: &Stats, held_out: &Stats) {
         }
         let _ = writeln!(out, " {all} | {held} |");
     }
-    let total = |label: &str| {
-        train.labels.get(label).copied().unwrap_or(0) + held_out.labels.get(label).copied().unwrap_or(0)
-    };
+    let total =
+        |label: &str| train.labels.get(label).copied().unwrap_or(0) + held_out.labels.get(label).copied().unwrap_or(0);
     let _ = write!(out, "| **all** |");
     for label in LABELS {
         let _ = write!(out, " {} |", total(label));

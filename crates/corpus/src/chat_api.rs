@@ -242,7 +242,10 @@ impl ChatClient {
             let Some(pause) = pause.filter(|_| go_on) else {
                 let message = match asked {
                     Some(asked) if too_long => {
-                        format!("{problem}\n  hint: the server asks to wait {} s; run the same command then", asked.as_secs())
+                        format!(
+                            "{problem}\n  hint: the server asks to wait {} s; run the same command then",
+                            asked.as_secs()
+                        )
                     }
                     _ => problem,
                 };
@@ -283,11 +286,8 @@ impl ChatClient {
     }
 
     fn body(&self, request: &ChatRequest) -> Value {
-        let messages: Vec<Value> = request
-            .messages
-            .iter()
-            .map(|message| json!({"role": message.role, "content": message.content}))
-            .collect();
+        let messages: Vec<Value> =
+            request.messages.iter().map(|message| json!({"role": message.role, "content": message.content})).collect();
         let mut body = Map::new();
         body.insert("model".into(), request.model.as_str().into());
         body.insert("messages".into(), messages.into());
@@ -320,12 +320,9 @@ impl ChatClient {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64());
         let asked = header("retry-after").and_then(|value| retry_after(&value, header("date").as_deref(), now));
         let success = (200..300).contains(&status);
-        let content = response
-            .body_mut()
-            .with_config()
-            .limit(MAX_BODY)
-            .read_to_vec()
-            .map_err(|error| Attempt::failed(format!("the answer broke off: {}", self.clean(&error.to_string())), success))?;
+        let content = response.body_mut().with_config().limit(MAX_BODY).read_to_vec().map_err(|error| {
+            Attempt::failed(format!("the answer broke off: {}", self.clean(&error.to_string())), success)
+        })?;
         let value: Option<Value> = serde_json::from_slice(&content).ok();
         if !success {
             return Err(self.refused(status, value.as_ref(), &content, asked, request));
@@ -365,16 +362,20 @@ impl ChatClient {
             ApiError::Refused { url: url.clone(), status, message: message.clone(), hint }
         };
         match status {
-            401 | 403 => {
-                Attempt::Final(CallError::Fatal(ApiError::Unauthorised { url: url.clone(), status, message: message.clone() }))
-            }
-            429 if code == "insufficient_quota" || folded.contains("insufficient_quota") => {
-                Attempt::Final(CallError::Fatal(refused("the account has no credit left: top it up and run the same command")))
-            }
+            401 | 403 => Attempt::Final(CallError::Fatal(ApiError::Unauthorised {
+                url: url.clone(),
+                status,
+                message: message.clone(),
+            })),
+            429 if code == "insufficient_quota" || folded.contains("insufficient_quota") => Attempt::Final(
+                CallError::Fatal(refused("the account has no credit left: top it up and run the same command")),
+            ),
             408 | 409 | 429 | 500.. => {
                 Attempt::Failed { problem: format!("{status}: {message}"), costly: false, retry_after: asked }
             }
-            300..400 => Attempt::Final(CallError::Fatal(refused("the server has moved: give its address to --api-base"))),
+            300..400 => {
+                Attempt::Final(CallError::Fatal(refused("the server has moved: give its address to --api-base")))
+            }
             404 => Attempt::Final(CallError::Fatal(refused("check --api-base (it usually ends in /v1) and --model"))),
             400 | 422 if !self.new_token_limit.load(Ordering::Relaxed) && folded.contains("max_completion_tokens") => {
                 self.new_token_limit.store(true, Ordering::Relaxed);
@@ -408,7 +409,11 @@ impl ChatClient {
 }
 
 enum Attempt {
-    Failed { problem: String, costly: bool, retry_after: Option<Duration> },
+    Failed {
+        problem: String,
+        costly: bool,
+        retry_after: Option<Duration>,
+    },
     Final(CallError),
     /// The same request, written differently, may be taken.
     Adapted,
@@ -442,7 +447,8 @@ fn reply_of(value: &Value, request: &ChatRequest) -> Option<Reply> {
     let choices = value.get("choices")?.as_array()?;
     let choice = choices.first();
     let message = choice.and_then(|choice| choice.get("message"));
-    let text = |name: &str| message.and_then(|message| message.get(name)).and_then(text_of).filter(|text| !text.is_empty());
+    let text =
+        |name: &str| message.and_then(|message| message.get(name)).and_then(text_of).filter(|text| !text.is_empty());
     let content = text("content").or_else(|| choice.and_then(|choice| choice.get("text")).and_then(text_of));
     let usage = |name: &str| value.get("usage").and_then(|usage| usage.get(name)).and_then(Value::as_u64);
     let estimated = usage("prompt_tokens").is_none() || usage("completion_tokens").is_none();

@@ -299,7 +299,10 @@ mod tests {
         assert_eq!(clean("S&amp;P 500 &gt; 4,000"), "S&P 500 > 4,000");
         assert_eq!(clean("AT&amp;amp;T"), "AT&T");
         assert_eq!(clean("it&#39;s &#x1F680; &#8217;"), "it's 🚀 ’");
-        assert_eq!(clean("P&L, Q&A, R&D; &ltd &unknown; &#xD800; &#; & &"), "P&L, Q&A, R&D; &ltd &unknown; &#xD800; &#; & &");
+        assert_eq!(
+            clean("P&L, Q&A, R&D; &ltd &unknown; &#xD800; &#; & &"),
+            "P&L, Q&A, R&D; &ltd &unknown; &#xD800; &#; & &"
+        );
         assert_eq!(clean("09:58 -&gt; call"), "09:58 -> call");
         assert_eq!(clean("a&gt b"), "a> b");
     }

@@ -22,6 +22,10 @@ pub enum Error {
     #[error(transparent)]
     Api(#[from] crate::error::ApiError),
 
+    /// The caller asked to stop.
+    #[error("stopped")]
+    Stopped,
+
     /// Options that do not go together or cannot be met.
     #[error("{0}")]
     Usage(String),
@@ -30,7 +34,9 @@ pub enum Error {
 /// What went wrong between us and a chat-completions server.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ApiError {
-    #[error("{url} refused the API key ({status}): {message}\n  hint: set OPENAI_API_KEY or --api-key-file to a valid key")]
+    #[error(
+        "{url} refused the API key ({status}): {message}\n  hint: set OPENAI_API_KEY or --api-key-file to a valid key"
+    )]
     Unauthorised { url: String, status: u16, message: String },
 
     #[error("{url} answered {status}: {message}{hint}")]

@@ -266,7 +266,9 @@ impl Past {
                 }
                 Entry::Rejected { slot, ask, .. } => drop(past.rejected.insert((slot, ask))),
                 Entry::Accepted { slot, .. } => drop(past.accepted.insert(slot)),
-                Entry::Failed { prompt_tokens, completion_tokens, .. } => budget.spend(prompt_tokens, completion_tokens),
+                Entry::Failed { prompt_tokens, completion_tokens, .. } => {
+                    budget.spend(prompt_tokens, completion_tokens)
+                }
                 Entry::SystemMessage { reply } => {
                     budget.spend(reply.prompt_tokens, reply.completion_tokens);
                     past.system_message.get_or_insert(reply);
@@ -377,7 +379,7 @@ impl Run<'_> {
             slots::Verdict::Accepted { slot, ask, example, fresh } => {
                 self.rejected_in_a_row = 0;
                 if fresh {
-                    self.shared.journal().append(&Entry::Accepted { slot, ask, example: example.clone() })?;
+                    self.shared.journal().append(&Entry::Accepted { slot, ask, example: Example::clone(&example) })?;
                 }
                 let done = self.slots.accepted().len();
                 self.shared.progress.event(&Event::Accepted { slot, done, example: &example, totals: &totals });
@@ -419,7 +421,9 @@ fn ask_for_system_message(shared: &Shared<'_>, max_tokens: u32) -> Result<Option
     shared.budget().release(reserve);
     let reply = match answer {
         Ok(reply) => reply,
-        Err(CallError::GaveUp(error) | CallError::Fatal(error) | CallError::ContextTooLong(error)) => return Err(error.into()),
+        Err(CallError::GaveUp(error) | CallError::Fatal(error) | CallError::ContextTooLong(error)) => {
+            return Err(error.into());
+        }
         Err(CallError::NoResponseFormat | CallError::Cancelled) => return Ok(None),
     };
     shared.budget().spend(reply.prompt_tokens, reply.completion_tokens);

@@ -89,7 +89,8 @@ impl LabelMap {
                 ))
             };
             let (value, label) = entry.rsplit_once('=').ok_or_else(|| wrong("expected value=label"))?;
-            let label = canonical_label(label).ok_or_else(|| wrong("expected Positive, Neutral or Negative after ="))?;
+            let label =
+                canonical_label(label).ok_or_else(|| wrong("expected Positive, Neutral or Negative after ="))?;
             if explicit.insert(fold(value), label).is_some() {
                 return Err(wrong("this value was mapped before"));
             }
@@ -176,7 +177,15 @@ mod tests {
 
     #[test]
     fn words() {
-        for word in ["Positive", " positive. ", "**Bullish**", "Label: positive", "\"pos\"", "Sentiment = POSITIVE", "Very_Positive"] {
+        for word in [
+            "Positive",
+            " positive. ",
+            "**Bullish**",
+            "Label: positive",
+            "\"pos\"",
+            "Sentiment = POSITIVE",
+            "Very_Positive",
+        ] {
             assert_eq!(canonical_label(word), Some("Positive"), "{word}");
         }
         assert_eq!(canonical_label("Answer - neutral"), Some("Neutral"));
@@ -193,13 +202,18 @@ mod tests {
         map.learn(["1", "0", "1"].into_iter());
         assert_eq!(map.map("1"), None, "0 and 1 alone say nothing");
         map.learn(["1", "0", "-1.0"].into_iter());
-        assert_eq!([map.map("1.0"), map.map("0"), map.map("-1")], [Some("Positive"), Some("Neutral"), Some("Negative")]);
+        assert_eq!(
+            [map.map("1.0"), map.map("0"), map.map("-1")],
+            [Some("Positive"), Some("Neutral"), Some("Negative")]
+        );
         map.learn(["-1", "2"].into_iter());
         assert_eq!(map.map("-1"), None, "a 2 among them: not signs");
 
         let map = LabelMap::parse("0=bearish, 1=Bullish,2=Neutral,hold=neutral").unwrap();
-        assert_eq!([map.map("0"), map.map("1.0"), map.map("Hold"), map.map("neg"), map.map("3")],
-            [Some("Negative"), Some("Positive"), Some("Neutral"), Some("Negative"), None]);
+        assert_eq!(
+            [map.map("0"), map.map("1.0"), map.map("Hold"), map.map("neg"), map.map("3")],
+            [Some("Negative"), Some("Positive"), Some("Neutral"), Some("Negative"), None]
+        );
         assert!(map.complaint("3").contains("--label-map"));
         for wrong in ["0", "0=up", "0=Positive,0.0=Negative"] {
             assert!(LabelMap::parse(wrong).unwrap_err().to_string().contains("hint"), "{wrong}");

@@ -30,6 +30,7 @@ pub mod journal;
 mod judged;
 mod labels;
 mod minhash;
+mod near;
 pub mod parse;
 pub mod prepare;
 pub mod recipe;
@@ -43,7 +44,7 @@ pub use backoff::RetryPolicy;
 pub use budget::{Price, Totals};
 pub use builtin::{HELD_OUT_SHARE, builtin, builtin_split};
 pub use clean::{CleanOptions, clean_text, normalised_key};
-pub use dedup::{Dedup, DedupOptions, Fate, NearIndex, find_duplicates};
+pub use dedup::{Dedup, DedupOptions, Fate, find_duplicates};
 pub use error::{Error, Result};
 pub use example::{EVENTS, Example, KINDS, LABELS, REGISTERS, SECTORS, label_index};
 pub use formats::{
@@ -52,7 +53,8 @@ pub use formats::{
 pub use judged::{JUDGED, judged_near};
 pub use labels::{LabelMap, canonical_label};
 pub use minhash::{Sketch, similarity};
+pub use near::NearIndex;
 pub use rng::Rng;
 pub use sample::balanced_sample;
-pub use stats::{GiveAway, Lengths, Query, Stats, give_away_words, search};
 pub use split::{Split, SplitOptions, split_by_time, split_examples};
+pub use stats::{GiveAway, Lengths, Query, Stats, give_away_words, search};

@@ -161,7 +161,8 @@ mod tests {
     #[test]
     fn a_flip_is_less_similar_than_a_copy() {
         let base = "Nordhaven Semiconductor beats quarterly estimates and raises its outlook for the year";
-        let copy = "RT @x: Nordhaven Semiconductor beats quarterly estimates, raises its outlook for the year https://t.co/1";
+        let copy =
+            "RT @x: Nordhaven Semiconductor beats quarterly estimates, raises its outlook for the year https://t.co/1";
         let other = "Polaris recalls nothing, sues nobody, guides in line. First quiet Tuesday of the year";
         let sketch = Sketch::of(base);
         assert!(similarity(&sketch, &Sketch::of(copy)) > 0.8);

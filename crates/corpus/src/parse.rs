@@ -15,8 +15,20 @@ const TEXT_KEYS: [&str; 8] = ["tweet", "text", "prompt", "input", "content", "he
 const LABEL_KEYS: [&str; 6] = ["label", "sentiment", "response", "output", "answer", "classification"];
 /// Lines that only say what follows.
 const HEADINGS: [&str; 14] = [
-    "prompt", "response", "tweet", "label", "text", "sentiment", "example", "input", "output", "user", "assistant", "answer",
-    "completion", "classification",
+    "prompt",
+    "response",
+    "tweet",
+    "label",
+    "text",
+    "sentiment",
+    "example",
+    "input",
+    "output",
+    "user",
+    "assistant",
+    "answer",
+    "completion",
+    "classification",
 ];
 
 /// The labelled text of a model's answer; if there are several, the first.

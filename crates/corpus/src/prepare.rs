@@ -13,29 +13,27 @@
 //! README.md                 the data-set card
 //! ```
 
+mod read;
+
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::clean::{CleanOptions, clean_text, normalised_key};
-use crate::dedup::{Dedup, DedupOptions, Fate, Features, Table};
+use crate::clean::{CleanOptions, normalised_key};
+use crate::dedup::{Dedup, DedupOptions, Fate, Table};
 use crate::error::{Error, Result};
 use crate::example::Example;
-use crate::formats::{
-    AtomicFile, ChatDataset, CsvDataset, ExampleReader, FIELDS, ParquetDataset, ReadOptions, Record, write_atomically,
-};
-use crate::journal;
-use crate::judged::judged_near_key;
-use crate::minhash::Sketch;
+use crate::formats::{AtomicFile, ChatDataset, CsvDataset, FIELDS, ParquetDataset, ReadOptions, write_atomically};
 use crate::recipe::DEFAULT_SYSTEM_MESSAGE;
 use crate::rng::mix;
-use crate::split::{SplitOptions, SplitRow, Strata, check_share, held_out_by_time, held_out_rows, parse_time};
-use crate::spool::{Row, Spool, SpoolWriter, encode};
+use crate::split::{SplitOptions, SplitRow, Strata, check_share, held_out_by_time, held_out_rows};
+use crate::spool::{Spool, SpoolWriter};
 use crate::stats::Stats;
+use read::{Batches, Looked, look};
 
 /// Rows that are worked on at a time.
 const BATCH: usize = 8192;
@@ -127,26 +125,30 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
-/// Does it all; `progress` hears the stage and how far it has come, 0 to 1.
+/// Does it all; `progress` hears the stage and how far it has come, 0 to 1, and returns whether to go on.
 ///
 /// # Errors
 ///
 /// If an input cannot be read, nothing is left of them, or the results cannot be written. Rows that are no examples are
-/// dropped and reported, unless there is nothing else.
-pub fn prepare(options: &PrepareOptions, progress: &mut dyn FnMut(&'static str, f64)) -> Result<Report> {
+/// dropped and reported, unless there is nothing else. [`Error::Stopped`] if `progress` says so; nothing is left behind then.
+pub fn prepare(options: &PrepareOptions, progress: &mut dyn FnMut(&'static str, f64) -> bool) -> Result<Report> {
     check_share(options.held_out)?;
     if options.inputs.is_empty() {
         return Err(Error::usage("no input\n  hint: name a journal, or files in CSV, JSONL, Parquet or text"));
     }
     std::fs::create_dir_all(&options.out_dir).map_err(Error::io("create the directory", &options.out_dir))?;
     let mut gathered = gather(options, progress)?;
-    progress("finding duplicates", 0.0);
+    go_on(progress("finding duplicates", 0.0))?;
     let spool = &gathered.spool;
     let dedup = gathered.table.resolve(&options.dedup, &|row| Ok(normalised_key(&spool.row(row)?.example.text)))?;
     note_near_conflicts(&mut gathered, &dedup)?;
-    progress("splitting", 0.0);
+    go_on(progress("splitting", 0.0))?;
     let places = place(options, &gathered, &dedup);
     write(options, gathered, &dedup, &places, progress)
+}
+
+fn go_on(yes: bool) -> Result<()> {
+    if yes { Ok(()) } else { Err(Error::Stopped) }
 }
 
 /// The inputs, read.
@@ -184,13 +186,7 @@ impl Rejected {
     }
 }
 
-/// A row that has been looked at.
-enum Looked {
-    Fine { encoded: Vec<u8>, features: Box<Features>, time: f64, row: Row },
-    Bad { line: u64, reason: String, example: Option<Example> },
-}
-
-fn gather(options: &PrepareOptions, progress: &mut dyn FnMut(&'static str, f64)) -> Result<Gathered> {
+fn gather(options: &PrepareOptions, progress: &mut dyn FnMut(&'static str, f64) -> bool) -> Result<Gathered> {
     let path = options.out_dir.join("rejected.jsonl");
     let mut rejected = Rejected { file: AtomicFile::create(&path)?, path };
     let mut spool = SpoolWriter::create(&options.out_dir)?;
@@ -214,10 +210,14 @@ fn gather(options: &PrepareOptions, progress: &mut dyn FnMut(&'static str, f64))
             system_message.get_or_insert_with(|| found.clone());
         }
         while let Some(records) = batches.next_batch()? {
-            progress("reading", (number as f64 + batches.progress()) / options.inputs.len() as f64);
+            go_on(progress("reading", (number as f64 + batches.progress()) / options.inputs.len() as f64))?;
             input.rows += records.len() as u64;
             if table.len() + records.len() > MAX_ROWS {
-                return Err(Error::file(path, None, format!("more than {MAX_ROWS} rows in all\n  hint: prepare them in parts")));
+                return Err(Error::file(
+                    path,
+                    None,
+                    format!("more than {MAX_ROWS} rows in all\n  hint: prepare them in parts"),
+                ));
             }
             let looked: Vec<Looked> =
                 records.into_par_iter().map(|record| look(options, number as u32, record)).collect();
@@ -267,93 +267,6 @@ fn limit_reasons(dropped: &mut BTreeMap<String, u64>) {
     *dropped.entry("other reasons (see rejected.jsonl)".into()).or_default() += others;
 }
 
-/// Everything about a row that needs no other row.
-fn look(options: &PrepareOptions, file: u32, record: Record) -> Looked {
-    let line = record.line;
-    let bad = |reason: String, example: Option<Example>| Looked::Bad { line, reason, example };
-    let mut example = match record.example {
-        Ok(example) => example,
-        Err(reason) => return bad(reason, None),
-    };
-    // Cleaning takes memory of the text's size and more: a text that is far too long is not cleaned first.
-    if example.text.len() > options.max_characters.saturating_mul(16) {
-        let kept: String = example.text.chars().take(200).collect();
-        return bad(too_long(options), Some(Example { text: kept, ..example }));
-    }
-    example.text = clean_text(&example.text, &options.clean);
-    let key = normalised_key(&example.text);
-    if key.is_empty() {
-        return bad("nothing is left of the text but links, names and punctuation".into(), Some(example));
-    }
-    if example.text.chars().count() > options.max_characters {
-        return bad(too_long(options), Some(example));
-    }
-    let sketch = Sketch::of_key(&key);
-    if judged_near_key(&key, &sketch).is_some() {
-        return bad("copies one of the sentences that models are judged by".into(), Some(example));
-    }
-    let time = match options.split_by {
-        SplitBy::Seed => 0.0,
-        SplitBy::Time => match example.time.as_deref().and_then(parse_time) {
-            Some(time) => time,
-            None => return bad("no usable time, and the split is by time".into(), Some(example)),
-        },
-    };
-    let features = Box::new(Features::of(&key, &sketch));
-    let row = Row { file, line, example };
-    Looked::Fine { encoded: encode(&row), features, time, row }
-}
-
-fn too_long(options: &PrepareOptions) -> String {
-    format!("longer than {} characters", options.max_characters)
-}
-
-/// An input as batches of records.
-enum Batches {
-    File(Box<ExampleReader>),
-    Journal { records: std::vec::IntoIter<Record>, total: usize, system_message: Option<String> },
-}
-
-impl Batches {
-    fn open(path: &Path, read: &ReadOptions) -> Result<Self> {
-        if !journal::is_journal(path) {
-            let read = ReadOptions { require_label: true, ..read.clone() };
-            return Ok(Self::File(Box::new(ExampleReader::open(path, &read)?)));
-        }
-        let harvest = journal::harvest(path)?;
-        let records: Vec<Record> = harvest
-            .examples
-            .into_iter()
-            .enumerate()
-            .map(|(index, example)| Record { line: index as u64 + 1, example: Ok(example) })
-            .collect();
-        let total = records.len();
-        Ok(Self::Journal { records: records.into_iter(), total, system_message: harvest.system_message })
-    }
-
-    fn columns(&self) -> String {
-        match self {
-            Self::File(reader) => reader.columns().to_string(),
-            Self::Journal { .. } => "a journal of accepted answers".into(),
-        }
-    }
-
-    fn progress(&self) -> f64 {
-        match self {
-            Self::File(reader) => reader.progress(),
-            Self::Journal { records, total, .. } => 1.0 - records.len() as f64 / (*total).max(1) as f64,
-        }
-    }
-
-    fn next_batch(&mut self) -> Result<Option<Vec<Record>>> {
-        let batch: Vec<Record> = match self {
-            Self::File(reader) => reader.by_ref().take(BATCH).collect::<Result<_>>()?,
-            Self::Journal { records, .. } => records.by_ref().take(BATCH).collect(),
-        };
-        Ok((!batch.is_empty()).then_some(batch))
-    }
-}
-
 fn note_near_conflicts(gathered: &mut Gathered, dedup: &Dedup) -> Result<()> {
     gathered.report.near_conflicts = dedup.near_conflict_count;
     for (a, b) in dedup.near_conflicts.iter().take(10) {
@@ -377,8 +290,7 @@ enum Place {
 }
 
 fn place(options: &PrepareOptions, gathered: &Gathered, dedup: &Dedup) -> Vec<Place> {
-    let kept: Vec<u32> =
-        (0..dedup.fates.len() as u32).filter(|row| dedup.fates[*row as usize] == Fate::Keep).collect();
+    let kept: Vec<u32> = (0..dedup.fates.len() as u32).filter(|row| dedup.fates[*row as usize] == Fate::Keep).collect();
     let groups = |row: &u32| dedup.groups[*row as usize];
     let held_out = match options.split_by {
         SplitBy::Seed => {
@@ -429,10 +341,11 @@ fn write(
     gathered: Gathered,
     dedup: &Dedup,
     places: &[Place],
-    progress: &mut dyn FnMut(&'static str, f64),
+    progress: &mut dyn FnMut(&'static str, f64) -> bool,
 ) -> Result<Report> {
     let Gathered { mut spool, fields, mut report, mut rejected, .. } = gathered;
-    let fields: Vec<&'static str> = FIELDS.into_iter().zip(fields).filter(|(_, used)| *used).map(|(name, _)| name).collect();
+    let fields: Vec<&'static str> =
+        FIELDS.into_iter().zip(fields).filter(|(_, used)| *used).map(|(name, _)| name).collect();
     let path = |name: &str| options.out_dir.join(name);
     let mut table = CsvDataset::create(&path("dataset.csv"), &fields, true)?;
     let mut chats = [
@@ -448,7 +361,7 @@ fn write(
     let mut ends = vec![0u32; report.inputs.len()];
     spool.for_each(|number, row| {
         if number.is_multiple_of(4096) {
-            progress("writing", f64::from(number) / total as f64);
+            go_on(progress("writing", f64::from(number) / total as f64))?;
         }
         let file = row.file as usize;
         if let Some(end) = ends.get_mut(file) {
@@ -493,7 +406,7 @@ fn write(
     })?;
     count_groups(dedup, places, &mut report);
     warn(&mut report);
-    progress("writing", 1.0);
+    go_on(progress("writing", 1.0))?;
     table.finish()?;
     chats.into_iter().try_for_each(ChatDataset::finish)?;
     parquets.into_iter().try_for_each(ParquetDataset::finish)?;
@@ -521,7 +434,9 @@ fn warn(report: &mut Report) {
     let mut warnings = Vec::new();
     let conflicts = dropped("the same text with another label");
     if conflicts > 0 {
-        warnings.push(format!("{conflicts} rows repeat a text with another label: the majority was kept, ties were dropped"));
+        warnings.push(format!(
+            "{conflicts} rows repeat a text with another label: the majority was kept, ties were dropped"
+        ));
     }
     if report.near_conflicts > 0 {
         warnings.push(format!(

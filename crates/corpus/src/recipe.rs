@@ -52,7 +52,14 @@ pub struct Quotas {
 
 impl Default for Quotas {
     fn default() -> Self {
-        let kinds = [("headline", 4.0), ("chatter", 4.0), ("mixed", 2.0), ("sarcastic", 2.0), ("contextual", 2.0), ("targeted", 1.0)];
+        let kinds = [
+            ("headline", 4.0),
+            ("chatter", 4.0),
+            ("mixed", 2.0),
+            ("sarcastic", 2.0),
+            ("contextual", 2.0),
+            ("targeted", 1.0),
+        ];
         Self { labels: [1.0; 3], kinds: kinds.to_vec() }
     }
 }
@@ -76,7 +83,7 @@ impl Quotas {
                 .filter(|weight: &f64| weight.is_finite() && *weight >= 0.0)
                 .ok_or_else(|| format!("quota {entry:?}: expected name=weight with a weight of 0 or more"))?;
             let same = |known: &&str| known.eq_ignore_ascii_case(name.trim());
-            if let Some(index) = LABELS.iter().position(|known| same(&known)) {
+            if let Some(index) = LABELS.iter().position(|known| same(known)) {
                 labels.get_or_insert([0.0; 3])[index] = weight;
             } else if let Some(kind) = QUOTA_KINDS.iter().copied().find(|known| same(known)) {
                 kinds.push((kind, weight));
@@ -206,9 +213,15 @@ pub fn generation_request(wish: Option<&Wish>, rejected_because: Option<&str>) -
             };
             let kind = match wish.kind {
                 "mixed" => "It holds good and bad news of the same weight, so that neither wins.",
-                "sarcastic" => "It is sarcastic: the words say the opposite of what is meant. The label follows the meaning.",
-                "contextual" => "The words alone would mislead: only the situation that the text describes decides the label.",
-                "targeted" => "It names several companies or tickers, one of which is clearly its subject and decides the label.",
+                "sarcastic" => {
+                    "It is sarcastic: the words say the opposite of what is meant. The label follows the meaning."
+                }
+                "contextual" => {
+                    "The words alone would mislead: only the situation that the text describes decides the label."
+                }
+                "targeted" => {
+                    "It names several companies or tickers, one of which is clearly its subject and decides the label."
+                }
                 _ => "It says what it means.",
             };
             format!(
@@ -307,6 +320,8 @@ mod tests {
         }
         assert!(generation_system("x", AnswerFormat::Text).contains("\n---\n"));
         let wish = Quotas::default().wishes(1, 1).remove(0);
-        assert!(generation_request(Some(&wish), Some("the text is empty")).contains(&format!("Label: {}.", wish.label)));
+        assert!(
+            generation_request(Some(&wish), Some("the text is empty")).contains(&format!("Label: {}.", wish.label))
+        );
     }
 }

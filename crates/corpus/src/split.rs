@@ -192,7 +192,10 @@ pub(crate) fn parse_time(text: &str) -> Option<f64> {
         if digits.bytes().all(|byte| byte.is_ascii_digit()) { digits.parse().ok() } else { None }
     };
     let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
-    if bytes.get(4) != Some(&b'-') || bytes.get(7) != Some(&b'-') || !(1..=12).contains(&month) || !(1..=31).contains(&day)
+    if bytes.get(4) != Some(&b'-')
+        || bytes.get(7) != Some(&b'-')
+        || !(1..=12).contains(&month)
+        || !(1..=31).contains(&day)
     {
         return None;
     }
@@ -252,7 +255,8 @@ mod tests {
         assert_eq!(parse_time("2024-02-29 07:00-0530"), Some(1_709_209_800.0));
         assert_eq!(parse_time("1709209800"), Some(1_709_209_800.0));
         assert_eq!(parse_time("1709209800123"), Some(1_709_209_800.123));
-        for wrong in ["", "soon", "2024-13-01", "2024-01-01T25:00", "2024/01/01", "2024-01-01T1:2:3:4", "2024-01-01+é"] {
+        for wrong in ["", "soon", "2024-13-01", "2024-01-01T25:00", "2024/01/01", "2024-01-01T1:2:3:4", "2024-01-01+é"]
+        {
             assert_eq!(parse_time(wrong), None, "{wrong}");
         }
     }
@@ -260,11 +264,18 @@ mod tests {
     fn numbered(count: usize) -> Vec<Example> {
         // Digits in words keep the texts apart.
         let word = |n: usize| -> String {
-            n.to_string().bytes().map(|digit| ["zero", "uno", "deux", "drei", "quattro", "cinq", "sechs", "siete", "otto", "nio"][(digit - b'0') as usize]).collect()
+            n.to_string()
+                .bytes()
+                .map(|digit| {
+                    ["zero", "uno", "deux", "drei", "quattro", "cinq", "sechs", "siete", "otto", "nio"]
+                        [(digit - b'0') as usize]
+                })
+                .collect()
         };
         (0..count)
             .map(|n| {
-                let mut example = Example::new(format!("{} {}", word(n), word(n * 7919 % 10_007)), crate::LABELS[n % 3]);
+                let mut example =
+                    Example::new(format!("{} {}", word(n), word(n * 7919 % 10_007)), crate::LABELS[n % 3]);
                 example.kind = Some(crate::KINDS[n % 5].into());
                 example.time = Some(format!("{}", 1_600_000_000 + n));
                 example

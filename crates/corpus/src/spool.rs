@@ -43,9 +43,8 @@ impl SpoolWriter {
 
     pub(crate) fn finish(self) -> Result<Spool> {
         let Self { folder, writer, mut offsets, end } = self;
-        let file = writer
-            .into_inner()
-            .map_err(|error| Error::io("write a temporary file in", &folder)(error.into_error()))?;
+        let file =
+            writer.into_inner().map_err(|error| Error::io("write a temporary file in", &folder)(error.into_error()))?;
         offsets.push(end);
         Ok(Spool { folder, file, offsets })
     }

@@ -279,7 +279,8 @@ sector: energy 1
     #[test]
     fn search_needs_every_word() {
         let set = set();
-        let query = |words: &[&str]| Query { words: words.iter().map(|w| (*w).to_owned()).collect(), ..Query::default() };
+        let query =
+            |words: &[&str]| Query { words: words.iter().map(|w| (*w).to_owned()).collect(), ..Query::default() };
         assert_eq!(search(&set, &query(&["UP", "go"])).len(), 1);
         assert_eq!(search(&set, &Query { kind: Some("plain".into()), ..query(&["up"]) }).len(), 3);
         assert_eq!(search(&set, &Query { sector: Some("Energy".into()), ..query(&[]) })[0].text, "flat line");

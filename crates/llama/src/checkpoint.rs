@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::gguf::Gguf;
 use crate::gguf_llama;
 use crate::hf::HfCheckpoint;
-use crate::tokenizer::{Tokenizer, read_companion, read_limited, token_text};
+use crate::json_file::{read_companion, read_limited, token_text};
+use crate::tokenizer::Tokenizer;
 use crate::weights::{Matrix, Storage, first_not_finite};
 
 /// A model file or directory, its weights still on disk.

@@ -52,12 +52,17 @@ impl Error {
     }
 }
 
-/// Text from a file, shortened and made printable, for messages: a hostile file must not fill the terminal.
-pub(crate) fn quoted(text: &str) -> String {
+/// Text from a file, shortened and without control characters, for messages: a hostile file must not fill the terminal.
+pub(crate) fn printable(text: &str) -> String {
     const LIMIT: usize = 80;
     let mut out: String = text.chars().take(LIMIT).flat_map(char::escape_debug).collect();
     if text.chars().nth(LIMIT).is_some() {
         out.push('…');
     }
-    format!("\"{out}\"")
+    out
+}
+
+/// [`printable`] text in quotation marks.
+pub(crate) fn quoted(text: &str) -> String {
+    format!("\"{}\"", printable(text))
 }

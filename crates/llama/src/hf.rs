@@ -1,160 +1,27 @@
 //! Checkpoints in Hugging Face layout: a directory with `config.json` and safetensors files, one or sharded, in F32, F16,
 //! BF16 or bitsandbytes' NF4.
 //!
-//! A safetensors file is a JSON directory behind its own length, then the data. The files are memory-mapped; the directory
-//! is checked (sizes against shapes, ranges against the file) before any of it is used.
+//! The files are memory-mapped; their directories are checked (sizes against shapes, ranges against the file) before any of
+//! it is used.
+
+mod config;
+mod safetensors;
 
 use std::collections::HashMap;
-use std::fmt;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde::de::{self, MapAccess, Visitor};
-use serde_json::Value;
 
-use crate::config::{LlamaConfig, RopeScaling};
-use crate::error::{Error, Result, quoted};
+use self::safetensors::{Entry, Shard};
+use crate::config::LlamaConfig;
+use crate::error::{Error, Result, printable, quoted};
 use crate::ggml::BlockType;
-use crate::gguf::{Bytes, map_file};
-use crate::tokenizer::{read_companion, read_limited};
+use crate::json_file::{read_companion, read_limited};
 use crate::weights::{Matrix, NF4_CODEBOOK, Storage, first_not_finite};
 
-/// Largest directory of one file that is believed; a shard of Llama-3.1-405B has 20 kB.
-const MAX_HEADER: u64 = 8 << 20;
 /// Largest `model.safetensors.index.json`; Llama-3.1-405B's has 120 kB.
 const MAX_INDEX: u64 = 8 << 20;
 const MAX_SHARDS: usize = 4096;
-
-/// One safetensors file.
-struct Shard {
-    path: PathBuf,
-    bytes: Bytes,
-    /// Where the data begin.
-    data: usize,
-    entries: HashMap<String, Entry>,
-}
-
-/// An entry of the directory, its range checked against the file.
-#[derive(Clone, Debug)]
-struct Entry {
-    dtype: String,
-    shape: Vec<usize>,
-    range: Range<usize>,
-}
-
-#[derive(Deserialize)]
-struct EntryJson {
-    dtype: String,
-    shape: Vec<u64>,
-    data_offsets: (u64, u64),
-}
-
-/// The directory, in which no name may stand twice.
-struct Directory(HashMap<String, EntryJson>);
-
-impl<'de> Deserialize<'de> for Directory {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct DirectoryVisitor;
-        impl<'de> Visitor<'de> for DirectoryVisitor {
-            type Value = Directory;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a directory of tensors")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Directory, A::Error> {
-                let mut entries = HashMap::new();
-                while let Some(name) = map.next_key::<String>()? {
-                    if name == "__metadata__" {
-                        map.next_value::<de::IgnoredAny>()?;
-                    } else if entries.contains_key(&name) {
-                        return Err(de::Error::custom(format!("tensor {} stands twice", quoted(&name))));
-                    } else {
-                        let entry = map.next_value()?;
-                        entries.insert(name, entry);
-                    }
-                }
-                Ok(Directory(entries))
-            }
-        }
-        deserializer.deserialize_map(DirectoryVisitor)
-    }
-}
-
-/// Bytes of one element of a safetensors dtype.
-fn dtype_size(dtype: &str) -> Option<u64> {
-    match dtype {
-        "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" => Some(1),
-        "U16" | "I16" | "F16" | "BF16" => Some(2),
-        "U32" | "I32" | "F32" => Some(4),
-        "U64" | "I64" | "F64" => Some(8),
-        _ => None,
-    }
-}
-
-impl Shard {
-    fn open(path: &Path) -> Result<Self> {
-        Self::parse(path, map_file(path)?)
-    }
-
-    fn parse(path: &Path, bytes: Bytes) -> Result<Self> {
-        let fail = |what: String| Error::file(path, what);
-        let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
-            return Err(fail(format!("not a safetensors file: {} bytes long", bytes.len())));
-        };
-        let length = u64::from_le_bytes(*length);
-        if length > MAX_HEADER || length > rest.len() as u64 {
-            return Err(fail(format!(
-                "not a safetensors file, or truncated: a directory of {length} bytes in a file of {}",
-                bytes.len()
-            )));
-        }
-        let (header, data) = rest.split_at(length as usize);
-        let directory: Directory =
-            serde_json::from_slice(header).map_err(|error| fail(format!("safetensors directory: {error}")))?;
-        let mut entries = HashMap::with_capacity(directory.0.len());
-        for (name, json) in directory.0 {
-            let entry =
-                Entry::check(json, data.len() as u64).map_err(|what| Error::tensor(path, printable(&name), what))?;
-            entries.insert(name, entry);
-        }
-        let data = 8 + length as usize;
-        Ok(Shard { path: path.to_owned(), bytes, data, entries })
-    }
-
-    fn data(&self, entry: &Entry) -> &[u8] {
-        self.bytes.get(self.data + entry.range.start..self.data + entry.range.end).unwrap_or(&[])
-    }
-}
-
-impl Entry {
-    fn check(json: EntryJson, available: u64) -> Result<Self, String> {
-        let EntryJson { dtype, shape, data_offsets: (start, end) } = json;
-        if start > end || end > available {
-            return Err(format!(
-                "bytes {start} to {end} of {available}\n  hint: the file is truncated, download it again"
-            ));
-        }
-        if shape.len() > 8 {
-            return Err(format!("rank {}", shape.len()));
-        }
-        let Some(size) = dtype_size(&dtype) else {
-            return Err(format!("dtype {} is not known", quoted(&dtype)));
-        };
-        let expected = shape.iter().try_fold(size, |product, &dim| product.checked_mul(dim));
-        if expected != Some(end - start) {
-            return Err(format!("shape {shape:?} of {dtype} does not take the {} bytes it has", end - start));
-        }
-        // Each dimension fits: a zero elsewhere would let an absurd one pass.
-        let shape = shape.iter().map(|&dim| usize::try_from(dim).map_err(|_| format!("dimension {dim}")));
-        Ok(Entry { dtype, shape: shape.collect::<Result<_, _>>()?, range: start as usize..end as usize })
-    }
-}
-
-fn printable(name: &str) -> String {
-    name.chars().take(200).flat_map(char::escape_debug).collect()
-}
 
 /// A checkpoint directory.
 pub(crate) struct HfCheckpoint {
@@ -178,7 +45,7 @@ impl HfCheckpoint {
         }
         let json = read_companion(&config_path)?.unwrap_or_default();
         let generation = read_companion(&dir.join("generation_config.json"))?.unwrap_or_default();
-        let config = config(&config_path, &json, &generation)?;
+        let config = config::read(&config_path, &json, &generation)?;
         let shards = shard_names(dir)?.iter().map(|name| Shard::open(&dir.join(name))).collect::<Result<Vec<_>>>()?;
         let mut index = HashMap::new();
         for (number, shard) in shards.iter().enumerate() {
@@ -417,116 +284,4 @@ fn shard_names(dir: &Path) -> Result<Vec<String>> {
         }
     }
     Ok(names)
-}
-
-/// Reads `config.json` of Transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`).
-fn config(path: &Path, json: &Value, generation: &Value) -> Result<LlamaConfig> {
-    let fail = |what: String| Error::file(path, what);
-    let architectures: Vec<&str> = match json.get("architectures") {
-        Some(Value::Array(all)) => all.iter().filter_map(Value::as_str).collect(),
-        _ => Vec::new(),
-    };
-    let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or("missing");
-    if model_type != "llama" {
-        return Err(fail(format!("model_type is {}, expected \"llama\"", quoted(model_type))));
-    }
-    if let Some(other) = architectures.iter().find(|name| **name != "LlamaForCausalLM") {
-        return Err(fail(format!("architecture {}, expected \"LlamaForCausalLM\"", quoted(other))));
-    }
-    if let Some(quantization) = json.get("quantization_config").filter(|value| !value.is_null()) {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("bitsandbytes");
-        let four_bit = quantization.get("load_in_4bit").and_then(Value::as_bool).unwrap_or(false);
-        let kind = quantization.get("bnb_4bit_quant_type").and_then(Value::as_str).unwrap_or("fp4");
-        if method != "bitsandbytes" || !four_bit || kind != "nf4" {
-            return Err(fail(format!(
-                "quantised with {} (4-bit: {four_bit}, type {}), expected bitsandbytes NF4 or 16-bit weights",
-                quoted(method),
-                quoted(kind)
-            )));
-        }
-    }
-    for key in ["attention_bias", "mlp_bias"] {
-        if json.get(key).and_then(Value::as_bool).unwrap_or(false) {
-            return Err(fail(format!("{key} is true, expected a model without biases")));
-        }
-    }
-    if let Some(activation) = json.get("hidden_act").and_then(Value::as_str).filter(|&name| name != "silu") {
-        return Err(fail(format!("hidden_act is {}, expected \"silu\"", quoted(activation))));
-    }
-    let optional = |key: &str| -> Result<Option<usize>> {
-        match json.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => match value.as_u64().and_then(|value| usize::try_from(value).ok()) {
-                Some(value) => Ok(Some(value)),
-                None => Err(fail(format!("{key} is {}, expected a whole number", quoted(&value.to_string())))),
-            },
-        }
-    };
-    let required = |key: &str| -> Result<usize> { optional(key)?.ok_or_else(|| fail(format!("{key} is missing"))) };
-    let number = |value: Option<&Value>, key: &str, default: f32| -> Result<f32> {
-        match value {
-            None | Some(Value::Null) => Ok(default),
-            Some(value) => value.as_f64().map(|value| value as f32).ok_or_else(|| fail(format!("{key} is no number"))),
-        }
-    };
-    let parameters = json.get("rope_parameters").filter(|value| value.is_object());
-    let rope_theta = parameters.and_then(|rope| rope.get("rope_theta")).or_else(|| json.get("rope_theta"));
-    let scaling = parameters.or_else(|| json.get("rope_scaling")).filter(|value| value.is_object());
-    let hidden_size = required("hidden_size")?;
-    let num_attention_heads = required("num_attention_heads")?;
-    let head_dim = match optional("head_dim")? {
-        Some(head_dim) => head_dim,
-        None => hidden_size.checked_div(num_attention_heads).unwrap_or(0),
-    };
-    let token = |key: &str| json.get(key).and_then(Value::as_u64).and_then(|id| u32::try_from(id).ok());
-    let mut eos_token_ids: Vec<u32> = Vec::new();
-    for value in [json.get("eos_token_id"), generation.get("eos_token_id")].into_iter().flatten() {
-        let ids = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
-        for id in ids.iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()) {
-            if !eos_token_ids.contains(&id) {
-                eos_token_ids.push(id);
-            }
-        }
-    }
-    let config = LlamaConfig {
-        hidden_size,
-        intermediate_size: required("intermediate_size")?,
-        num_hidden_layers: required("num_hidden_layers")?,
-        num_attention_heads,
-        num_key_value_heads: optional("num_key_value_heads")?.unwrap_or(num_attention_heads),
-        head_dim,
-        vocab_size: required("vocab_size")?,
-        max_position_embeddings: optional("max_position_embeddings")?.unwrap_or(2048),
-        rms_norm_eps: number(json.get("rms_norm_eps"), "rms_norm_eps", 1e-6)?,
-        rope_theta: number(rope_theta, "rope_theta", 10_000.0)?,
-        rope_scaling: scaling.map(|scaling| rope_scaling(path, scaling)).transpose()?.flatten(),
-        tie_word_embeddings: json.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
-        bos_token_id: token("bos_token_id"),
-        eos_token_ids,
-        pad_token_id: token("pad_token_id"),
-    };
-    config.validate().map_err(|error| fail(error.to_string()))?;
-    Ok(config)
-}
-
-fn rope_scaling(path: &Path, json: &Value) -> Result<Option<RopeScaling>> {
-    let kind = json.get("rope_type").or_else(|| json.get("type")).and_then(Value::as_str).unwrap_or("default");
-    let number = |key: &str| -> Result<f32> {
-        let value = json.get(key).and_then(Value::as_f64);
-        value.map(|value| value as f32).ok_or_else(|| Error::file(path, format!("rope scaling lacks {key}")))
-    };
-    match kind {
-        "default" => Ok(None),
-        "linear" => Ok(Some(RopeScaling::Linear { factor: number("factor")? })),
-        "llama3" => Ok(Some(RopeScaling::Llama3 {
-            factor: number("factor")?,
-            low_freq_factor: number("low_freq_factor")?,
-            high_freq_factor: number("high_freq_factor")?,
-            original_max_position_embeddings: number("original_max_position_embeddings")? as usize,
-        })),
-        other => Err(Error::file(
-            path,
-            format!("rope scaling of type {} is not read, expected \"linear\" or \"llama3\"", quoted(other)),
-        )),
-    }
 }

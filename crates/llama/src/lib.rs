@@ -9,6 +9,7 @@ pub mod ggml;
 pub mod gguf;
 mod gguf_llama;
 pub mod hf;
+mod json_file;
 pub mod kv;
 pub mod lora;
 pub mod model;

@@ -6,9 +6,12 @@
 mod config;
 mod doctor;
 mod pull;
+mod run;
 
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
+    /// Data, fine-tune, judge before and after, report: the whole job
+    Run(run::Args),
     /// Fetch a model or a data set, once
     Pull(pull::Args),
     /// Show the configuration in force, and where each value came from
@@ -22,6 +25,7 @@ impl Command {
     /// Whatever stopped the command; `exit::report` says with which code the program ends.
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self {
+            Command::Run(args) => run::run(args),
             Command::Pull(args) => pull::run(args),
             Command::Config(args) => config::run(args),
             Command::Doctor(args) => doctor::run(args),

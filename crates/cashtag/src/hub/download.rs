@@ -114,15 +114,15 @@ pub(crate) fn fetch(
     let url = client.file_url(repository, commit, &wanted.path);
     let mut part_file = Part::open(file, &part, wanted)?;
     let progress = Progress::new(wanted.path.clone(), Unit::Bytes, wanted.size).starting_at(part_file.length);
-    let mut tries = 0;
+    let (mut tries, mut furthest) = (0, part_file.length);
     while !part_file.is_whole(wanted) {
-        let before = part_file.length;
         match attempt(client, repository, &url, wanted, &mut part_file, &progress) {
             Ok(()) => break,
             Err(Stop::Error(e)) => return Err(e),
             Err(Stop::Failure(failure)) => {
-                // As long as something comes, it is worth going on.
-                tries = if part_file.length > before { 1 } else { tries + 1 };
+                // As long as more comes than ever before, it is worth going on.
+                tries = if part_file.length > furthest { 1 } else { tries + 1 };
+                furthest = furthest.max(part_file.length);
                 client.pause(tries, failure)?;
             }
         }
@@ -198,9 +198,14 @@ fn attempt(
         part.write(&buffer[..n])?;
         progress.set_position(part.length);
     }
-    match wanted.size.or(announced) {
-        Some(size) if part.length < size => Err(Failure::passing("the connection broke off").into()),
-        _ => Ok(()),
+    match (announced, wanted.size.or(announced)) {
+        (_, Some(size)) if part.length >= size => Ok(()),
+        (Some(n), Some(size)) if part.length == n => {
+            Err(Failure::passing(format!("the server sends {n} bytes of {}, which should have {size}", wanted.path))
+                .into())
+        }
+        (_, Some(_)) => Err(Failure::passing("the connection broke off").into()),
+        (_, None) => Ok(()),
     }
 }
 

@@ -361,6 +361,15 @@ fn more_than_announced_is_refused() {
 }
 
 #[test]
+fn less_than_announced_is_given_up() {
+    let hub = hub(|request, _| is_weights(request).then(|| server::part(request, &weights()[..9])));
+    let error = Here::new().error(&hub, "test/tiny");
+    let said = "the server sends 9 bytes of model.safetensors, which should have 300000";
+    assert!(error.contains(said) || error.contains("does not continue model.safetensors at byte 9"), "{error}");
+    assert!(hub.requests_for(WEIGHTS).len() <= 6);
+}
+
+#[test]
 fn a_hub_that_says_etags_only_in_headers() {
     let tiny = server::Repository::tiny();
     let names: Vec<String> = tiny.files.iter().map(|(n, _)| format!("{{\"rfilename\": {n:?}}}")).collect();

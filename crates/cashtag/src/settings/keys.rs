@@ -137,6 +137,8 @@ settings! {
     data: Data {
         /// Examples: `builtin`, or a .csv, .jsonl, .parquet or .txt file, or a directory of them.
         source: DataSource = DataSource::Builtin, flag "data", alias ["source"];
+        /// Evaluate on this file instead of a held-out part of the examples.
+        eval_source: Option<PathBuf> = None, flag "eval-data", alias ["eval_source"];
         /// Train on all examples instead of a balanced part that is quick to train on.
         full: bool = false;
         /// How many examples to train on; `none` leaves it to the command.

@@ -95,7 +95,7 @@ impl Settings {
 }
 
 /// `2026-11-30_14-05-09`, in UTC: sorts by time and is a file name everywhere.
-fn date_time(time: std::time::SystemTime) -> String {
+pub(crate) fn date_time(time: std::time::SystemTime) -> String {
     let seconds = time.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     // Days since 1970-01-01 to a date of the Gregorian calendar; years are counted from March, so that the leap day is the last.

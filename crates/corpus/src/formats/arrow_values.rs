@@ -4,9 +4,9 @@ use std::borrow::Cow;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{
-    ArrowDictionaryKeyType, Date32Type, Date64Type, Decimal128Type, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type,
-    Int32Type, Int64Type, TimestampMicrosecondType, TimestampMillisecondType, TimestampNanosecondType, TimestampSecondType,
-    UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+    ArrowDictionaryKeyType, Date32Type, Date64Type, Decimal128Type, Float16Type, Float32Type, Float64Type, Int8Type,
+    Int16Type, Int32Type, Int64Type, TimestampMicrosecondType, TimestampMillisecondType, TimestampNanosecondType,
+    TimestampSecondType, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow_array::{Array, ArrayRef, ArrowPrimitiveType};
 use arrow_schema::{DataType, TimeUnit};
@@ -34,7 +34,9 @@ pub(super) fn values(array: &ArrayRef, column: &str) -> Result<Vec<Value>, Strin
     (0..array.len())
         .map(|row| {
             value(array.as_ref(), row).map_err(|kind| {
-                format!("column {column:?} holds {kind}, which has no text form\n  hint: drop the column, or write Parquet")
+                format!(
+                    "column {column:?} holds {kind}, which has no text form\n  hint: drop the column, or write Parquet"
+                )
             })
         })
         .collect()

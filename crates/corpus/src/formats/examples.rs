@@ -8,8 +8,9 @@ use arrow_schema::SchemaRef;
 use serde_json::Value;
 
 use super::columns::{Columns, choose};
+use super::format::Format;
 use super::parquet_io::class_names;
-use super::rows::{Body, Chunk, Format, RowReader};
+use super::rows::{Body, Chunk, RowReader};
 use crate::error::{Error, Result};
 use crate::example::Example;
 use crate::labels::LabelMap;
@@ -79,9 +80,18 @@ impl ExampleReader {
         if names.iter().all(|name| name.starts_with("column_")) && matches!(first.body, Body::Csv { .. }) {
             guess_headless(&first, &names, &mut options);
         }
-        let columns =
+        let mut columns =
             choose(&names, options.text_column.as_deref(), options.label_column.as_deref(), options.require_label)
                 .map_err(|message| Error::file(path, None, message))?;
+        let cells = first.values(&columns.text).map_err(|message| Error::file(path, None, message))?;
+        if options.label_column.is_none() && cells.iter().any(|cell| chat_turn(cell).is_ok()) {
+            columns = Columns {
+                text: columns.text,
+                chat: true,
+                guessed: options.text_column.is_none(),
+                ..Columns::default()
+            };
+        }
         let mut label_map = options.label_map;
         if let (Some(label), false) = (&columns.label, label_map.is_explicit()) {
             if let Some(map) = rows.arrow_schema().and_then(|schema: SchemaRef| class_names(&schema, label)) {
@@ -104,7 +114,8 @@ impl ExampleReader {
     fn open_text(path: &Path, options: &ReadOptions) -> Result<Self> {
         let size = std::fs::metadata(path).map_err(Error::io("read", path))?.len();
         if size > MAX_TEXT_FILE {
-            let message = format!("a text file of {size} bytes, expected at most {MAX_TEXT_FILE}\n  hint: use CSV or JSONL");
+            let message =
+                format!("a text file of {size} bytes, expected at most {MAX_TEXT_FILE}\n  hint: use CSV or JSONL");
             return Err(Error::file(path, None, message));
         }
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
@@ -115,7 +126,8 @@ impl ExampleReader {
             .map(|(line, example)| Record { line, example })
             .collect();
         if ready.is_empty() {
-            let message = "no labelled text found\n  hint: write `label: tweet` lines, or tweet, a line `---`, and the label";
+            let message =
+                "no labelled text found\n  hint: write `label: tweet` lines, or tweet, a line `---`, and the label";
             return Err(Error::file(path, None, message));
         }
         let columns = Columns { text: "text".into(), label: Some("label".into()), ..Columns::default() };
@@ -156,11 +168,7 @@ impl ExampleReader {
                 Source::Rows(rows) => rows.path(),
                 Source::Done => Path::new(""),
             };
-            let records = if self.columns.chat {
-                self.chat_records(&chunk)
-            } else {
-                self.plain_records(&chunk)
-            };
+            let records = if self.columns.chat { self.chat_records(&chunk) } else { self.plain_records(&chunk) };
             self.ready.extend(records.map_err(|message| Error::file(path, None, message))?);
         }
         Ok(())
@@ -178,7 +186,8 @@ impl ExampleReader {
             .iter()
             .map(|(field, column)| Ok((*field, chunk.texts(column)?)))
             .collect::<Result<Vec<_>, String>>()?;
-        let record = |(index, (text, label)): (usize, (Option<Cow<'_, str>>, Option<Cow<'_, str>>))| {
+        let mut records = Vec::with_capacity(chunk.len());
+        for (index, (text, label)) in texts.iter().zip(&labels).enumerate() {
             let mut example = self.labelled(text.as_deref(), label.as_deref());
             if let Ok(example) = &mut example {
                 for (field, cells) in &fields {
@@ -187,9 +196,9 @@ impl ExampleReader {
                     }
                 }
             }
-            Record { line: chunk.line(index), example }
-        };
-        Ok(texts.into_iter().zip(labels).enumerate().map(record).collect())
+            records.push(Record { line: chunk.line(index), example });
+        }
+        Ok(records)
     }
 
     fn chat_records(&self, chunk: &Chunk) -> Result<Vec<Record>, String> {

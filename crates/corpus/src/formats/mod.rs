@@ -7,6 +7,8 @@ mod arrow_values;
 mod atomic;
 mod columns;
 mod examples;
+mod files;
+mod format;
 mod formula;
 mod parquet_io;
 mod row_writer;
@@ -14,12 +16,12 @@ mod rows;
 mod write;
 
 pub use atomic::{AtomicFile, write_atomically};
-pub use columns::Columns;
 pub(crate) use atomic::{folder_of, sync_folder};
+pub use columns::Columns;
 pub use examples::{ExampleReader, ReadOptions, Record, read_examples, read_examples_reported};
+pub use files::data_files;
+pub use format::Format;
 pub use formula::{neutralise, restore};
 pub use row_writer::{NewColumn, RowWriter};
-pub use rows::{CHUNK_BYTES, CHUNK_ROWS, Chunk, ColumnKind, Format, MAX_RECORD, RowReader};
-pub use write::{
-    ChatDataset, CsvDataset, FIELDS, ParquetDataset, write_chat_jsonl, write_dataset_csv, write_parquet,
-};
+pub use rows::{CHUNK_BYTES, CHUNK_ROWS, Chunk, ColumnKind, MAX_RECORD, RowReader};
+pub use write::{ChatDataset, CsvDataset, FIELDS, ParquetDataset, write_chat_jsonl, write_dataset_csv, write_parquet};

@@ -16,8 +16,9 @@ use parquet::file::properties::WriterProperties;
 use serde_json::{Map, Value};
 
 use super::atomic::AtomicFile;
+use super::format::Format;
 use super::formula;
-use super::rows::{Body, Chunk, ColumnKind, Format, RowReader};
+use super::rows::{Body, Chunk, ColumnKind, RowReader};
 use crate::error::{Error, Result};
 
 /// A column that is added to the rows.
@@ -59,7 +60,7 @@ impl Write for Sink {
 }
 
 enum Output {
-    Csv(csv::Writer<Sink>),
+    Csv(Box<csv::Writer<Sink>>),
     Jsonl(Sink),
     Parquet(Box<ArrowWriter<AtomicFile>>, SchemaRef),
 }
@@ -124,7 +125,7 @@ impl RowWriter {
                 writer
                     .write_record(names.map(|name| formula::neutralise(name).into_owned()))
                     .map_err(|error| csv_failure(path, error))?;
-                Output::Csv(writer)
+                Output::Csv(Box::new(writer))
             }
             (Format::Parquet, Sink::File(file)) => {
                 let schema = Arc::new(parquet_schema(input, &kept, new));
@@ -221,7 +222,9 @@ impl RowWriter {
         let path = self.path;
         match self.output {
             Output::Csv(writer) => finish_sink(
-                writer.into_inner().map_err(|error| Error::io("write", &path)(std::io::Error::other(error.to_string())))?,
+                writer
+                    .into_inner()
+                    .map_err(|error| Error::io("write", &path)(std::io::Error::other(error.to_string())))?,
                 &path,
             )?,
             Output::Jsonl(sink) => finish_sink(sink, &path)?,

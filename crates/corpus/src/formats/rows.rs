@@ -16,6 +16,7 @@ use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use serde_json::{Map, Value};
 
+use super::format::Format;
 use super::formula;
 use super::parquet_io::ParquetRows;
 use crate::error::{Error, Result};
@@ -26,71 +27,6 @@ pub const CHUNK_ROWS: usize = 1024;
 pub const CHUNK_BYTES: u64 = 8 << 20;
 /// The longest record of a CSV or JSONL file that is read.
 pub const MAX_RECORD: u64 = 16 << 20;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    Csv {
-        delimiter: u8,
-    },
-    Jsonl,
-    Parquet,
-    /// One text a line.
-    Text,
-}
-
-impl Format {
-    /// The format that a file name asks for: `.csv`, `.tsv`, `.jsonl`, `.ndjson`, `.json`, `.parquet`, `.txt`.
-    pub fn of_name(path: &Path) -> Option<Self> {
-        Some(match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
-            "csv" => Self::Csv { delimiter: b',' },
-            "tsv" | "tab" => Self::Csv { delimiter: b'\t' },
-            "jsonl" | "ndjson" | "json" => Self::Jsonl,
-            "parquet" | "pq" => Self::Parquet,
-            "txt" | "text" | "md" => Self::Text,
-            _ => return None,
-        })
-    }
-
-    /// The format of an existing file, by its content where that is beyond doubt, else by its name, else by its first
-    /// character.
-    ///
-    /// # Errors
-    ///
-    /// If the file cannot be read, or is compressed or an array of JSON.
-    pub fn detect(path: &Path) -> Result<Self> {
-        let mut head = Vec::with_capacity(8192);
-        let file = File::open(path).map_err(Error::io("read", path))?;
-        file.take(8192).read_to_end(&mut head).map_err(Error::io("read", path))?;
-        let compressed = [&b"\x1f\x8b"[..], b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"BZh", b"\xfd7zXZ"];
-        if head.starts_with(b"PAR1") {
-            return Ok(Self::Parquet);
-        }
-        if compressed.iter().any(|magic| head.starts_with(magic)) {
-            return Err(Error::file(path, None, "the file is compressed\n  hint: unpack it first"));
-        }
-        let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&head);
-        let first = head.iter().copied().find(|byte| !byte.is_ascii_whitespace());
-        let by_name = Self::of_name(path);
-        if first == Some(b'[') && by_name == Some(Self::Jsonl) {
-            let message = "expected one JSON object a line, found an array\n  hint: jq -c '.[]' turns it into JSON lines";
-            return Err(Error::file(path, 1, message));
-        }
-        Ok(match by_name {
-            Some(Self::Csv { delimiter: b',' }) => Self::Csv { delimiter: guess_delimiter(head) },
-            Some(format) => format,
-            None if first == Some(b'{') => Self::Jsonl,
-            None => Self::Csv { delimiter: guess_delimiter(head) },
-        })
-    }
-}
-
-/// The separator that occurs most in the first line; a comma if there is none.
-fn guess_delimiter(head: &[u8]) -> u8 {
-    let line = head.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let count = |wanted: u8| line.iter().filter(|byte| **byte == wanted).count();
-    let best = [b',', b'\t', b';', b'|'].into_iter().rev().max_by_key(|byte| count(*byte)).unwrap_or(b',');
-    if count(best) == 0 { b',' } else { best }
-}
 
 /// What a column holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -211,8 +147,17 @@ pub struct RowReader {
 }
 
 enum Inner {
-    Csv { reader: csv::Reader<Counted>, header: Arc<Vec<String>>, first: Option<csv::StringRecord>, mark: Arc<AtomicU64> },
-    Lines { reader: BufReader<Counted>, line: u64, json: bool },
+    Csv {
+        reader: csv::Reader<Counted>,
+        header: Arc<Vec<String>>,
+        first: Option<csv::StringRecord>,
+        mark: Arc<AtomicU64>,
+    },
+    Lines {
+        reader: BufReader<Counted>,
+        line: u64,
+        json: bool,
+    },
     Parquet(ParquetRows),
 }
 
@@ -461,7 +406,8 @@ fn line_chunk(path: &Path, reader: &mut BufReader<Counted>, line: &mut u64, json
             .by_ref()
             .take(MAX_RECORD + 1)
             .read_until(b'\n', &mut buffer)
-            .map_err(|error| Error::file(path, *line + 1, format!("cannot read: {error}")))? as u64;
+            .map_err(|error| Error::file(path, *line + 1, format!("cannot read: {error}")))?
+            as u64;
         if length == 0 {
             break;
         }

@@ -51,7 +51,9 @@ impl CsvDataset {
         };
         let cells = [example.text.as_str(), example.label.as_str()].into_iter().chain(self.fields.iter().map(value));
         for cell in cells.chain(split) {
-            self.writer.write_field(formula::neutralise(cell).as_ref()).map_err(|error| csv_failure(&self.path, error))?;
+            self.writer
+                .write_field(formula::neutralise(cell).as_ref())
+                .map_err(|error| csv_failure(&self.path, error))?;
         }
         self.writer.write_record(None::<&[u8]>).map_err(|error| csv_failure(&self.path, error))
     }
@@ -134,7 +136,8 @@ impl ParquetDataset {
     /// If the file cannot be created.
     pub fn create(path: &Path, fields: &[&'static str]) -> Result<Self> {
         let names = ["text", "label"].into_iter().chain(fields.iter().copied());
-        let schema = Arc::new(Schema::new(names.map(|name| Field::new(name, DataType::Utf8, true)).collect::<Vec<_>>()));
+        let schema =
+            Arc::new(Schema::new(names.map(|name| Field::new(name, DataType::Utf8, true)).collect::<Vec<_>>()));
         let writer = arrow_writer(path, AtomicFile::create(path)?, schema.clone())?;
         let columns = vec![Vec::new(); schema.fields().len()];
         Ok(Self { path: path.into(), schema, writer, columns })
@@ -149,14 +152,17 @@ impl ParquetDataset {
             column.push(match field.name().as_str() {
                 "text" => Some(example.text.clone()),
                 "label" => Some(example.label.clone()),
-                name => optional.iter().find(|(field, _)| *field == name).and_then(|(_, value)| value.map(str::to_owned)),
+                name => {
+                    optional.iter().find(|(field, _)| *field == name).and_then(|(_, value)| value.map(str::to_owned))
+                }
             });
         }
         if self.columns[0].len() >= BATCH { self.flush() } else { Ok(()) }
     }
 
     fn flush(&mut self) -> Result<()> {
-        let take = |column: &mut Vec<Option<String>>| -> ArrayRef { Arc::new(StringArray::from(std::mem::take(column))) };
+        let take =
+            |column: &mut Vec<Option<String>>| -> ArrayRef { Arc::new(StringArray::from(std::mem::take(column))) };
         let arrays = self.columns.iter_mut().map(take).collect();
         let batch = RecordBatch::try_new(self.schema.clone(), arrays)
             .map_err(|error| Error::file(&self.path, None, format!("rows do not fit the columns: {error}")))?;

@@ -7,11 +7,11 @@ use super::worker::Job;
 use super::{GenerateOptions, Outcome, Past};
 use crate::budget::Reserve;
 use crate::clean::{CleanOptions, clean_text};
-use crate::dedup::NearIndex;
 use crate::example::Example;
 use crate::journal::Reply;
 use crate::judged::judged_near;
 use crate::minhash::Sketch;
+use crate::near::NearIndex;
 use crate::parse::parse_answer;
 use crate::recipe::Wish;
 use crate::rng::Rng;
@@ -27,7 +27,7 @@ enum State {
     /// An answer that is good in itself.
     Ready {
         ask: u32,
-        example: Example,
+        example: Box<Example>,
     },
     GivenUp,
     Unanswered,
@@ -35,7 +35,7 @@ enum State {
 
 /// What became of an answer. `fresh`: the journal does not say so yet.
 pub(super) enum Verdict {
-    Accepted { slot: u64, ask: u32, example: Example, fresh: bool },
+    Accepted { slot: u64, ask: u32, example: Box<Example>, fresh: bool },
     Rejected { slot: u64, ask: u32, reason: String, fresh: bool },
 }
 
@@ -129,7 +129,7 @@ impl<'a> Slots<'a> {
     /// What can be said of an answer without knowing the other slots.
     fn look_at(&mut self, slot: u64, ask: u32, reply: &Reply, verdicts: &mut Vec<Verdict>) {
         match self.example_of(slot, reply) {
-            Ok(example) => drop(self.states.insert(slot, State::Ready { ask, example })),
+            Ok(example) => drop(self.states.insert(slot, State::Ready { ask, example: Box::new(example) })),
             Err(reason) => self.reject(slot, ask, reason, verdicts),
         }
     }
@@ -192,7 +192,7 @@ impl<'a> Slots<'a> {
                         continue;
                     }
                     self.index.insert(sketch);
-                    self.accepted.push((slot, example.clone()));
+                    self.accepted.push((slot, Example::clone(&example)));
                     let fresh = !self.known_accepted.contains(&slot);
                     verdicts.push(Verdict::Accepted { slot, ask, example, fresh });
                 }

@@ -154,7 +154,11 @@ fn a_wrong_key_is_said_once() {
 fn the_key_is_sent_in_the_header_only() {
     let server = Server::start(|request: &Request| {
         let good = request.head.to_lowercase().contains("authorization: bearer sk-secret-of-the-test");
-        if good && !request.body.to_string().contains("sk-secret") { good_answer(request) } else { status(401, json!({})) }
+        if good && !request.body.to_string().contains("sk-secret") {
+            good_answer(request)
+        } else {
+            status(401, json!({}))
+        }
     });
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(generate(&server.client(), &few(2), &folder.path().join("j"), &()).unwrap().examples.len(), 2);
@@ -185,7 +189,9 @@ fn refusals_of_the_request_are_not_repeated() {
 #[test]
 fn no_structured_output_then_text() {
     let server = Server::start(|request: &Request| match request.body["response_format"].is_null() {
-        false => status(400, json!({"error": {"message": "Invalid parameter: 'response_format' of type 'json_schema'"}})),
+        false => {
+            status(400, json!({"error": {"message": "Invalid parameter: 'response_format' of type 'json_schema'"}}))
+        }
         true => good_answer(request),
     });
     let folder = tempfile::tempdir().unwrap();
@@ -231,9 +237,14 @@ fn a_short_context_shows_fewer_examples() {
     let heard = Heard::default();
     let outcome = generate(&server.client(), &few(40), &folder.path().join("j"), &heard).unwrap();
     assert_eq!(outcome.examples.len(), 40);
-    let longest = server.requests().iter().filter_map(|r| r["messages"].as_array().map(Vec::len)).filter(|n| *n < 6).max();
+    let longest =
+        server.requests().iter().filter_map(|r| r["messages"].as_array().map(Vec::len)).filter(|n| *n < 6).max();
     assert!(longest >= Some(4), "{longest:?}");
-    assert!(heard.lines().iter().any(|line| line.contains("showing at most 2 earlier examples")), "{:?}", heard.lines());
+    assert!(
+        heard.lines().iter().any(|line| line.contains("showing at most 2 earlier examples")),
+        "{:?}",
+        heard.lines()
+    );
 
     let server = Server::start(|_: &Request| {
         status(400, json!({"error": {"message": "too long", "code": "context_length_exceeded"}}))
@@ -281,7 +292,7 @@ fn the_wrong_label_is_asked_for_again() {
     let server = Server::start(|request: &Request| {
         let text = crate::server::tweet(request.number as u64);
         let wrong = if request.label() == "Positive" { "Negative" } else { "Positive" };
-        let label = if request.number % 2 == 0 { wrong } else { request.label() };
+        let label = if request.number.is_multiple_of(2) { wrong } else { request.label() };
         say(&format!("{text}\n---\n{label}"))
     });
     let folder = tempfile::tempdir().unwrap();

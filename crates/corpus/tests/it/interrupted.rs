@@ -93,7 +93,11 @@ fn two_runs_on_one_journal() {
     child.kill().unwrap();
     child.wait().unwrap();
     let server = Server::start(good_answer);
-    assert_eq!(generate(&server.client(), &eighty(), &journal, &()).unwrap().examples.len(), 80, "the lock died with it");
+    assert_eq!(
+        generate(&server.client(), &eighty(), &journal, &()).unwrap().examples.len(),
+        80,
+        "the lock died with it"
+    );
 }
 
 /// A file system of so many kilobytes, unmounted when dropped. `None` where one cannot be mounted.
@@ -161,7 +165,7 @@ fn a_full_disk_leaves_the_old_files() {
     let out_dir = disk.0.path().join("out");
     let error = prepare(
         &PrepareOptions { inputs: vec![input], out_dir: out_dir.clone(), ..PrepareOptions::default() },
-        &mut |_, _| {},
+        &mut |_, _| true,
     )
     .unwrap_err()
     .to_string();

@@ -194,9 +194,11 @@ pub(crate) fn tweet(number: u64) -> String {
 
 /// A number for a request that depends on nothing but its content.
 pub(crate) fn fingerprint(request: &Request) -> u64 {
-    request.body.to_string().bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    request
+        .body
+        .to_string()
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// A model that does what it is told.

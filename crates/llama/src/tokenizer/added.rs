@@ -42,16 +42,6 @@ pub(crate) struct AddedTokens {
 }
 
 impl AddedTokens {
-    pub(crate) fn has(&self, id: u32) -> bool {
-        self.tokens.iter().any(|token| token.id == id)
-    }
-
-    pub(crate) fn retain(&mut self, keep: impl Fn(u32) -> bool) {
-        for list in &mut self.by_first_byte {
-            list.retain(|&index| keep(self.tokens[index as usize].id));
-        }
-    }
-
     pub(crate) fn new(tokens: Vec<AddedToken>) -> Result<Self> {
         if tokens.len() > MAX_ADDED {
             return Err(Error::Tokenizer(format!("{} added tokens, expected at most {MAX_ADDED}", tokens.len())));
@@ -70,6 +60,16 @@ impl AddedTokens {
             list.sort_by_key(|&index| std::cmp::Reverse(tokens[index as usize].content.len()));
         }
         Ok(AddedTokens { tokens, by_first_byte })
+    }
+
+    pub(crate) fn has(&self, id: u32) -> bool {
+        self.tokens.iter().any(|token| token.id == id)
+    }
+
+    pub(crate) fn retain(&mut self, keep: impl Fn(u32) -> bool) {
+        for list in &mut self.by_first_byte {
+            list.retain(|&index| keep(self.tokens[index as usize].id));
+        }
     }
 
     /// Calls `found` for every match in order. Markup is matched only where it overlaps none of `content`, which must be

@@ -6,8 +6,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -21,32 +19,10 @@ use super::gguf::{byte_symbols, spelled_words};
 use super::pretokenize::{GPT2, LLAMA3, Step};
 use super::{Cut, MAX_VOCAB, NO_ID, Parts, SpacePrefix, Symbols, Tokenizer, UNDERLINE};
 use crate::error::{Error, Result, quoted};
+use crate::json_file::{bounded, read_companion, read_limited, token_text};
 
 /// Largest `tokenizer.json`; Llama 3's has 17 MB.
 const MAX_JSON: u64 = 64 << 20;
-/// Largest companion file (`tokenizer_config.json` with 256 added tokens has 50 kB).
-const MAX_COMPANION: u64 = 8 << 20;
-
-/// Reads a file of at most `limit` bytes.
-pub(crate) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(Error::io(path))?;
-    let mut bytes = Vec::new();
-    file.take(limit + 1).read_to_end(&mut bytes).map_err(Error::io(path))?;
-    if bytes.len() as u64 > limit {
-        return Err(Error::file(path, format!("larger than {} MiB, not believed", limit >> 20)));
-    }
-    Ok(bytes)
-}
-
-/// Reads a JSON file if it exists.
-pub(crate) fn read_companion(path: &Path) -> Result<Option<Value>> {
-    if !path.is_file() {
-        return Ok(None);
-    }
-    let bytes = read_limited(path, MAX_COMPANION)?;
-    serde_json::from_slice(&bytes).map(Some).map_err(|error| Error::file(path, error.to_string()))
-}
-
 #[derive(Deserialize)]
 struct TokenizerKind {
     model: ModelKind,
@@ -62,13 +38,13 @@ struct ModelKind {
 struct TokenizerJson {
     #[serde(default)]
     added_tokens: Vec<AddedJson>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounded")]
     normalizer: Value,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounded")]
     pre_tokenizer: Value,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounded")]
     post_processor: Value,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "bounded")]
     decoder: Value,
     model: BpeJson,
 }
@@ -429,11 +405,6 @@ fn leading_token(post_processor: &Value) -> Option<&str> {
         .find(|component| kind(component) == "TemplateProcessing")?
         .pointer("/single/0/SpecialToken/id")?
         .as_str()
-}
-
-/// The string of a token in `tokenizer_config.json`: bare, or the `content` of an object.
-pub(crate) fn token_text(value: &Value) -> Option<&str> {
-    value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
 /// Adds what stands beside the vocabulary: `added_tokens.json`, `tokenizer_config.json`, `special_tokens_map.json`.

@@ -24,7 +24,6 @@ use std::collections::HashMap;
 use std::path::Path;
 
 pub use decode::DecodeStream;
-pub(crate) use json::{read_companion, read_limited, token_text};
 
 use self::added::{AddedToken, AddedTokens};
 use self::bpe::Merges;
@@ -219,7 +218,7 @@ impl Tokenizer {
 
     /// Ids of plain text. Nothing in it becomes a special token, and none is added.
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        self.encode_around(text, &[0..text.len()])
+        self.encode_around(text, std::slice::from_ref(&(0..text.len())))
     }
 
     /// Ids of a rendered conversation: markup outside the content ranges becomes special tokens, look-alikes inside stay

@@ -12,6 +12,7 @@ use super::bpe::Merges;
 use super::decode::Decoder;
 use super::{Cut, MAX_VOCAB, NO_ID, Parts, SpacePrefix, Symbols, Tokenizer, UNDERLINE, byte_token, json};
 use crate::error::{Error, Result, quoted};
+use crate::json_file::read_limited;
 
 /// Type of a piece, as in `ModelProto.SentencePiece.Type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,7 +137,7 @@ pub(super) fn parts(pieces: &[Piece<'_>], prefix: SpacePrefix) -> Result<Parts, 
 
 /// Reads `tokenizer.model`, with `tokenizer_config.json` and `added_tokens.json` beside it where they exist.
 pub(super) fn read(dir: &Path, path: &Path) -> Result<Tokenizer> {
-    let bytes = json::read_limited(path, MAX_MODEL)?;
+    let bytes = read_limited(path, MAX_MODEL)?;
     let fail = |what: String| Error::file(path, what);
     let model = Model::parse(&bytes).map_err(|what| fail(format!("not a SentencePiece model: {what}")))?;
     if model.model_type != 2 {

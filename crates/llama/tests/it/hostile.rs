@@ -286,12 +286,16 @@ fn floods() {
     bounded(|| assert!(Checkpoint::open(dir.path()).is_err()));
 
     let deep = "[".repeat(200_000);
+    let wide = format!("[{}[]]", "[],".repeat(2_700_000));
+    let objects = format!("[{}0]", "{\"a\":0},".repeat(1_000_000));
     for file in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join(file), &deep).unwrap();
-        bounded(|| {
-            assert!(Checkpoint::open(dir.path()).is_err());
-            assert!(Tokenizer::from_hf_dir(dir.path()).is_err());
-        });
+        for text in [&deep, &wide, &objects] {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join(file), text).unwrap();
+            bounded(|| {
+                assert!(Checkpoint::open(dir.path()).is_err());
+                assert!(Tokenizer::from_hf_dir(dir.path()).is_err());
+            });
+        }
     }
 }

@@ -6,6 +6,7 @@
 mod checkpoint;
 mod dequantize;
 mod hostile;
+mod templates;
 mod tokenizer;
 
 use std::path::{Path, PathBuf};

@@ -105,6 +105,28 @@ fn smollm2_decoding() {
     assert!(tokenizer.is_special(0) && !tokenizer.is_special(28_120));
 }
 
+/// Conversations whose texts look like markup: between the template's own tokens everything is plain text.
+#[test]
+fn smollm2_look_alikes() {
+    let checkpoint = Checkpoint::open(&model()).unwrap();
+    let (tokenizer, template) = (checkpoint.tokenizer().unwrap(), checkpoint.chat_template().unwrap());
+    let golden = golden("smollm2.json");
+    assert!(list(&golden["look-alikes"]).len() >= 20);
+    for case in list(&golden["look-alikes"]) {
+        let rendered = template.render(&messages(&case["messages"]), true).unwrap();
+        assert_eq!(tokenizer.encode_rendered(&rendered), ids(&case["ids"]), "{:?}", rendered.text);
+    }
+}
+
+/// One model serves many threads.
+#[test]
+fn shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Tokenizer>();
+    shared::<ChatTemplate>();
+    shared::<Checkpoint>();
+}
+
 /// Whatever a tweet says, the special tokens of a conversation are those that the template wrote.
 #[test]
 fn a_text_cannot_close_its_turn() {

@@ -1,0 +1,379 @@
+//! Times every operation at Llama-2-7B's shapes on the GPU, beside the time that its bytes or its multiplications need at least, and adds
+//! them up to a training step: what the operations allow, before anyone's model code.
+//!
+//!     cargo run --release -p cashtag-backend-cuda --example ops_bench [-- ROWS] [--resident nf4|bf16] [--filter TEXT]
+//!
+//! Inputs are random. Each operation walks over several sets of buffers, so that it does not find its inputs in the second-level cache
+//! unless it would find them there in a model too; products walk over four layers' weights.
+
+use std::error::Error;
+use std::time::Instant;
+
+use cashtag_backend::{
+    AdamW, AttentionLayout, Backend, CrossEntropy, Dropout, Dtype, Mat, MatMut, RawWeight, Rope, WeightSource,
+};
+use cashtag_backend_cuda::{CudaBackend, CudaBuffer, CudaWeight, Options, Resident};
+
+type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
+
+const D: usize = 4096;
+const F: usize = 11008;
+const HEADS: usize = 32;
+const HEAD_DIM: usize = 128;
+const LAYERS: usize = 32;
+const VOCAB: usize = 32_000;
+const RANK: usize = 64;
+const PREFIX: usize = 105;
+const EXAMPLES: usize = 32;
+const SETS: usize = 4;
+
+struct Source {
+    rows: usize,
+    cols: usize,
+    codes: Vec<u8>,
+    absmax: Vec<f32>,
+}
+
+impl WeightSource for Source {
+    fn name(&self) -> &str {
+        "random"
+    }
+    fn rows(&self) -> usize {
+        self.rows
+    }
+    fn cols(&self) -> usize {
+        self.cols
+    }
+    fn read_rows(&self, _: std::ops::Range<usize>, out: &mut [f32]) -> cashtag_backend::Result<()> {
+        out.fill(0.0);
+        Ok(())
+    }
+    fn raw(&self) -> Option<RawWeight<'_>> {
+        Some(RawWeight::Nf4 { codes: &self.codes, absmax: &self.absmax })
+    }
+}
+
+/// xorshift64*
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+    fn weight(&mut self, rows: usize, cols: usize) -> Source {
+        let codes = (0..rows * cols / 16).flat_map(|_| self.next().to_le_bytes()).collect();
+        Source { rows, cols, codes, absmax: vec![0.03; rows * cols / 64] }
+    }
+}
+
+struct Line {
+    name: &'static str,
+    /// Calls in one layer's forward, and in its backward.
+    calls: (usize, usize),
+    us: f64,
+    floor_us: f64,
+    rate: String,
+}
+
+struct Bench {
+    gpu: CudaBackend,
+    random: Random,
+    filter: String,
+    lines: Vec<Line>,
+    n: usize,
+}
+
+/// Measured ceilings of the card the targets are set on: bytes a microsecond and operations a microsecond.
+const BYTES_PER_US: f64 = 3.0e6;
+const FLOP_PER_US: f64 = 780e6;
+
+impl Bench {
+    fn buffer(&mut self, dtype: Dtype, len: usize) -> Result<CudaBuffer> {
+        let mut b = self.gpu.uninit(dtype, len)?;
+        let part: Vec<f32> = (0..(1 << 18).min(len)).map(|_| (self.random.next() >> 40) as f32 / (1 << 23) as f32 - 1.0).collect();
+        for offset in (0..len).step_by(part.len()) {
+            self.gpu.upload(&part[..part.len().min(len - offset)], &mut b, offset)?;
+        }
+        Ok(b)
+    }
+
+    fn sets(&mut self, dtype: Dtype, len: usize) -> Result<Vec<CudaBuffer>> {
+        (0..SETS).map(|_| self.buffer(dtype, len)).collect()
+    }
+
+    /// Microseconds a call: the median of five runs of some twenty milliseconds.
+    fn time(&self, mut f: impl FnMut(&CudaBackend, usize) -> Result<()>) -> Result<f64> {
+        let timer = self.gpu.timer()?;
+        let mut run = |calls: usize| -> Result<f64> {
+            timer.start()?;
+            for i in 0..calls {
+                f(&self.gpu, i % SETS)?;
+            }
+            timer.stop()?;
+            Ok(f64::from(timer.milliseconds()?) * 1e3 / calls as f64)
+        };
+        run(SETS)?;
+        let once = run(2 * SETS)?;
+        let calls = ((15e3 / once) as usize).clamp(SETS, 400).next_multiple_of(SETS);
+        let mut times = (0..5).map(|_| run(calls)).collect::<Result<Vec<_>>>()?;
+        times.sort_by(f64::total_cmp);
+        Ok(times[2])
+    }
+
+    fn line(
+        &mut self,
+        name: &'static str,
+        calls: (usize, usize),
+        bytes: usize,
+        flop: usize,
+        f: impl FnMut(&CudaBackend, usize) -> Result<()>,
+    ) -> Result<()> {
+        if !name.contains(&self.filter) {
+            return Ok(());
+        }
+        let us = self.time(f)?;
+        let (by_bytes, by_flop) = (bytes as f64 / BYTES_PER_US, flop as f64 / FLOP_PER_US);
+        let rate = if by_flop > by_bytes {
+            format!("{:.0} TFLOP/s", flop as f64 / us / 1e6)
+        } else {
+            format!("{:.0} GB/s", bytes as f64 / us / 1e3)
+        };
+        println!("{name:<34} {us:>9.1} us   floor {:>8.1}   {rate}", by_bytes.max(by_flop));
+        self.lines.push(Line { name, calls, us, floor_us: by_bytes.max(by_flop), rate });
+        Ok(())
+    }
+}
+
+fn view(b: &CudaBuffer, rows: usize, cols: usize) -> Mat<'_, CudaBuffer> {
+    Mat::new(b, rows, cols)
+}
+
+fn view_mut(b: &mut CudaBuffer, rows: usize, cols: usize) -> MatMut<'_, CudaBuffer> {
+    MatMut::new(b, rows, cols)
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let value = |flag: &str| arguments.iter().position(|a| a == flag).and_then(|i| arguments.get(i + 1)).cloned();
+    let n = arguments.first().and_then(|a| a.parse().ok()).unwrap_or(1740);
+    let resident = if value("--resident").as_deref() == Some("nf4") { Resident::Nf4 } else { Resident::Bf16 };
+    let started = Instant::now();
+    let gpu = CudaBackend::new(0, Options { resident, ..Options::default() })?;
+    println!("{}\nopened in {:.2} s", cashtag_backend_cuda::probe(), started.elapsed().as_secs_f64());
+    let mut b = Bench { gpu, random: Random(7), filter: value("--filter").unwrap_or_default(), lines: Vec::new(), n };
+    rows(&mut b)?;
+    attention(&mut b)?;
+    loss_and_optimizer(&mut b)?;
+    products(&mut b)?;
+    summary(&b);
+    Ok(())
+}
+
+fn rows(b: &mut Bench) -> Result<()> {
+    let n = b.n;
+    let t = b.gpu.compute_dtype();
+    let x32 = b.sets(Dtype::F32, n * D)?;
+    let mut dx32 = b.sets(Dtype::F32, n * D)?;
+    let x = b.sets(t, n * D)?;
+    let mut y = b.sets(t, n * D)?;
+    let w = b.buffer(Dtype::F32, D)?;
+    let mut inv = b.buffer(Dtype::F32, n)?;
+    let nd = n * D;
+    b.line("rms_norm", (2, 0), nd * 6, 0, |g, i| {
+        Ok(g.rms_norm(view(&x32[i], n, D), &w, 1e-5, view_mut(&mut y[i], n, D), &mut inv)?)
+    })?;
+    b.line("rms_norm_backward", (0, 2), nd * 14, 0, |g, i| {
+        Ok(g.rms_norm_backward(view(&x[i], n, D), view(&x32[i], n, D), &w, &inv, view_mut(&mut dx32[i], n, D))?)
+    })?;
+    b.line("copy f32 to T [n, d]", (0, 2), nd * 6, 0, |g, i| Ok(g.copy(view(&x32[i], n, D), view_mut(&mut y[i], n, D))?))?;
+    let d = Dropout { p: 0.1, seed: 1, step: 1, site: 1 };
+    b.line("dropout [n, d]", (3, 0), nd * 4, 0, |g, i| Ok(g.dropout(view(&x[i], n, D), d, false, view_mut(&mut y[i], n, D))?))?;
+    b.line("dropout accumulate [n, d]", (0, 3), nd * 6, 0, |g, i| {
+        Ok(g.dropout(view(&x[i], n, D), d, true, view_mut(&mut y[i], n, D))?)
+    })?;
+    let nf = n * F;
+    let gate_up = b.sets(t, 2 * nf)?;
+    let mut d_gate_up = b.sets(t, 2 * nf)?;
+    let h = b.sets(t, nf)?;
+    let mut h2 = b.sets(t, nf)?;
+    b.line("dropout [n, f]", (1, 0), nf * 4, 0, |g, i| Ok(g.dropout(view(&h[i], n, F), d, false, view_mut(&mut h2[i], n, F))?))?;
+    b.line("dropout accumulate [n, f]", (0, 1), nf * 6, 0, |g, i| {
+        Ok(g.dropout(view(&h[i], n, F), d, true, view_mut(&mut h2[i], n, F))?)
+    })?;
+    b.line("swiglu", (1, 0), nf * 6, 0, |g, i| Ok(g.swiglu(view(&gate_up[i], n, 2 * F), view_mut(&mut h2[i], n, F))?))?;
+    b.line("swiglu_backward", (0, 1), nf * 10, 0, |g, i| {
+        Ok(g.swiglu_backward(view(&h[i], n, F), view(&gate_up[i], n, 2 * F), view_mut(&mut d_gate_up[i], n, 2 * F))?)
+    })?;
+    let mut qkv = b.sets(t, n * 3 * D)?;
+    let tables = [b.buffer(Dtype::F32, 512 * HEAD_DIM / 2)?, b.buffer(Dtype::F32, 512 * HEAD_DIM / 2)?];
+    let mut positions = b.gpu.uninit(Dtype::U32, n)?;
+    b.gpu.upload_u32(&(0..n as u32).map(|i| i % 512).collect::<Vec<_>>(), &mut positions)?;
+    b.line("rope of q and k", (1, 1), nd * 2 * 4, 0, |g, i| {
+        let rope = Rope { head_dim: HEAD_DIM, cos: &tables[0], sin: &tables[1], positions: &positions };
+        Ok(g.rope(rope, false, view_mut(&mut qkv[i], n, 3 * D).columns(0, 2 * D))?)
+    })
+}
+
+/// A shared prefix and 32 examples of different lengths that make `n` rows.
+fn packed(n: usize) -> AttentionLayout {
+    let own = n - PREFIX;
+    let mut lens: Vec<usize> = (0..EXAMPLES).map(|i| own / EXAMPLES - 16 + i).collect();
+    let rest = own - lens.iter().sum::<usize>();
+    lens[0] += rest;
+    AttentionLayout::packed(PREFIX, &[PREFIX; EXAMPLES], &lens)
+}
+
+fn attention(b: &mut Bench) -> Result<()> {
+    let t = b.gpu.compute_dtype();
+    for (name, calls, layout) in
+        [(["attention", "attention_backward"], 1, packed(b.n)), (["attention, one of 4096", "attention_backward, one of 4096"], 0, AttentionLayout::packed(0, &[0], &[4096]))]
+    {
+        let n = layout.q_rows();
+        let qkv = b.sets(t, n * 3 * D)?;
+        let mut o = b.sets(t, n * D)?;
+        let d_o = b.sets(t, n * D)?;
+        let mut d_qkv = b.sets(t, n * 3 * D)?;
+        let mut lse = b.gpu.zeros(Dtype::F32, n * HEADS)?;
+        let flop = layout.pairs() * HEADS * HEAD_DIM * 4;
+        b.line(name[0], (calls, 0), n * D * 8, flop, |g, i| {
+            let all = view(&qkv[i], n, 3 * D);
+            let (q, k, v) = (all.columns(0, D), all.columns(D, D), all.columns(2 * D, D));
+            Ok(g.attention(&layout, HEAD_DIM, q, k, v, view_mut(&mut o[i], n, D), &mut lse)?)
+        })?;
+        b.line(name[1], (0, calls), n * D * 16, flop * 5 / 2, |g, i| {
+            let (qkv, o, d_o) = (view(&qkv[i], n, 3 * D), view(&o[i], n, D), view(&d_o[i], n, D));
+            Ok(g.attention_backward(&layout, HEAD_DIM, HEADS, qkv, o, &lse, d_o, view_mut(&mut d_qkv[i], n, 3 * D))?)
+        })?;
+    }
+    Ok(())
+}
+
+fn loss_and_optimizer(b: &mut Bench) -> Result<()> {
+    let t = b.gpu.compute_dtype();
+    let n = 3 * EXAMPLES;
+    let logits = b.sets(Dtype::F32, n * VOCAB)?;
+    let mut d = b.sets(t, n * VOCAB)?;
+    let mut targets = b.gpu.uninit(Dtype::U32, n)?;
+    b.gpu.upload_u32(&vec![17; n], &mut targets)?;
+    let weights = b.buffer(Dtype::F32, n)?;
+    let mut loss = b.gpu.zeros(Dtype::F32, n)?;
+    b.line("cross_entropy, 96 rows", (0, 0), n * VOCAB * 6, 0, |g, i| {
+        let e = CrossEntropy { targets: &targets, weights: &weights, label_smoothing: 0.0, gradient_scale: 1.0 };
+        Ok(g.cross_entropy(view(&logits[i], n, VOCAB), e, &mut loss, Some(view_mut(&mut d[i], n, VOCAB)))?)
+    })?;
+    let len = 40_000_000;
+    let (mut p, gradient) = (b.buffer(Dtype::F32, len)?, b.buffer(Dtype::F32, len)?);
+    let (mut m, mut v) = (b.gpu.zeros(Dtype::F32, len)?, b.gpu.zeros(Dtype::F32, len)?);
+    let mut compute = b.gpu.zeros(t, len)?;
+    b.line("adamw, 40 M", (0, 0), len * 30, 0, |g, _| {
+        let h = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step: 1, gradient_scale: 1.0 };
+        Ok(g.adamw(h, &mut p, &gradient, &mut m, &mut v, &mut compute)?)
+    })?;
+    b.line("sum_of_squares, 40 M (waits)", (0, 0), len * 4, 0, |g, _| {
+        g.sum_of_squares(&gradient)?;
+        Ok(())
+    })?;
+    b.line("fill_zero, 40 M", (0, 0), len * 4, 0, |g, _| Ok(g.fill_zero(&mut m)?))
+}
+
+fn products(b: &mut Bench) -> Result<()> {
+    let n = b.n;
+    let t = b.gpu.compute_dtype();
+    let frozen: [(&str, &str, &str, usize, usize); 4] = [
+        ("linear qkv", "linear_backward qkv", "", 3 * D, D),
+        ("linear o", "linear_backward o", "", D, D),
+        ("linear gate_up", "linear_backward gate_up", "", 2 * F, D),
+        ("linear down", "linear_backward down", "", D, F),
+    ];
+    for (forward, backward, _, out, inner) in frozen {
+        let sources: Vec<Source> = (0..SETS).map(|_| b.random.weight(out, inner)).collect();
+        let started = Instant::now();
+        let weights =
+            sources.iter().map(|s| Ok(b.gpu.weight(&[s as &dyn WeightSource])?)).collect::<Result<Vec<CudaWeight>>>()?;
+        b.gpu.synchronize()?;
+        println!("{forward}: four weights loaded in {:.2} s", started.elapsed().as_secs_f64());
+        let mut x = b.sets(t, n * inner)?;
+        let mut y = b.sets(t, n * out)?;
+        let flop = 2 * n * out * inner;
+        let bytes = (n * (out + inner) + out * inner) * 2;
+        b.line(forward, (1, 0), bytes, flop, |g, i| Ok(g.linear(view(&x[i], n, inner), &weights[i], false, view_mut(&mut y[i], n, out))?))?;
+        b.line(backward, (0, 1), bytes, flop, |g, i| {
+            Ok(g.linear_backward(view(&y[i], n, out), &weights[i], false, view_mut(&mut x[i], n, inner))?)
+        })?;
+        if out == D {
+            let mut residual = b.sets(Dtype::F32, n * out)?;
+            let name = if inner == D { "linear o into f32 residual" } else { "linear down into f32 residual" };
+            b.line(name, (0, 0), bytes + n * out * 6, flop, |g, i| {
+                Ok(g.linear(view(&x[i], n, inner), &weights[i], true, view_mut(&mut residual[i], n, out))?)
+            })?;
+        }
+        for few in [1, 16, 64, 256] {
+            let name: &'static str = format!("{forward}, {few} rows").leak();
+            b.line(name, (0, 0), (few * (out + inner) + out * inner) * 2, 2 * few * out * inner, |g, i| {
+                Ok(g.linear(view(&x[i], few, inner), &weights[i], false, view_mut(&mut y[i], few, out))?)
+            })?;
+        }
+    }
+    lora(b)
+}
+
+/// (name of the input's site, matrices that read it, their outputs, input width)
+const SITES: [(&str, usize, usize, usize); 4] = [("qkv", 3, D, D), ("o", 1, D, D), ("gate_up", 2, F, D), ("down", 1, D, F)];
+
+fn lora(b: &mut Bench) -> Result<()> {
+    let n = b.n;
+    let t = b.gpu.compute_dtype();
+    for (site, count, out, inner) in SITES {
+        let r = count * RANK;
+        let mut x = b.sets(t, n * inner)?;
+        let a = b.sets(t, r * inner)?;
+        let mut u = b.sets(t, n * r)?;
+        let up = b.sets(t, out * RANK)?;
+        let mut y = b.sets(t, n * count * out)?;
+        let mut grad_a = b.sets(Dtype::F32, r * inner)?;
+        let mut grad_b = b.sets(Dtype::F32, out * RANK)?;
+        let name = |what: &str| -> &'static str { format!("lora {site}: {what}").leak() };
+        b.line(name("u = x·Aᵀ"), (1, 0), (n * (inner + r) + r * inner) * 2, 2 * n * r * inner, |g, i| {
+            Ok(g.matmul_nt(1.0, view(&x[i], n, inner), view(&a[i], r, inner), 0.0, view_mut(&mut u[i], n, r))?)
+        })?;
+        b.line(name("y += s·u·Bᵀ"), (count, 0), (n * (2 * out + RANK) + out * RANK) * 2, 2 * n * out * RANK, |g, i| {
+            let c = view_mut(&mut y[i], n, count * out).columns(0, out);
+            Ok(g.matmul_nt(0.5, view(&u[i], n, r).columns(0, RANK), view(&up[i], out, RANK), 1.0, c)?)
+        })?;
+        b.line(name("du = s·dy·B"), (0, count), (n * (out + RANK) + out * RANK) * 2, 2 * n * out * RANK, |g, i| {
+            let dy = view(&y[i], n, count * out).columns(0, out);
+            Ok(g.matmul_nn(0.5, dy, view(&up[i], out, RANK), 0.0, view_mut(&mut u[i], n, r).columns(0, RANK))?)
+        })?;
+        b.line(name("dB += dyᵀ·u"), (0, count), (n * (out + RANK)) * 2 + out * RANK * 8, 2 * n * out * RANK, |g, i| {
+            let dy = view(&y[i], n, count * out).columns(0, out);
+            Ok(g.matmul_tn(0.5, dy, view(&u[i], n, r).columns(0, RANK), 1.0, view_mut(&mut grad_b[i], out, RANK))?)
+        })?;
+        b.line(name("dA += duᵀ·x"), (0, 1), (n * (inner + r)) * 2 + r * inner * 8, 2 * n * r * inner, |g, i| {
+            Ok(g.matmul_tn(1.0, view(&u[i], n, r), view(&x[i], n, inner), 1.0, view_mut(&mut grad_a[i], r, inner))?)
+        })?;
+        b.line(name("dx = du·A"), (0, 1), (n * (inner + r) + r * inner) * 2, 2 * n * r * inner, |g, i| {
+            Ok(g.matmul_nn(1.0, view(&u[i], n, r), view(&a[i], r, inner), 0.0, view_mut(&mut x[i], n, inner))?)
+        })?;
+    }
+    Ok(())
+}
+
+fn summary(b: &Bench) {
+    let mut lines: Vec<(&Line, f64)> =
+        b.lines.iter().map(|l| (l, (l.calls.0 + l.calls.1) as f64 * l.us * LAYERS as f64 / 1e3)).filter(|l| l.1 > 0.0).collect();
+    lines.sort_by(|x, y| y.1.total_cmp(&x.1));
+    println!("\n{:<34} {:>6} {:>9} {:>9} {:>9}", "one step of 32 layers", "calls", "ms", "floor ms", "us each");
+    let (mut total, mut floor) = (0.0, 0.0);
+    for (l, ms) in lines {
+        let calls = (l.calls.0 + l.calls.1) * LAYERS;
+        let floor_ms = l.floor_us * calls as f64 / 1e3;
+        println!("{:<34} {calls:>6} {ms:>9.2} {floor_ms:>9.2} {:>9.1}   {}", l.name, l.us, l.rate);
+        total += ms;
+        floor += floor_ms;
+    }
+    println!("{:<34} {:>6} {total:>9.2} {floor:>9.2}", "sum", "");
+    println!("{EXAMPLES} examples of {} rows: {:.0} examples/s (without loss and optimizer)", b.n, EXAMPLES as f64 / total * 1e3);
+}

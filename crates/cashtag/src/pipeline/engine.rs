@@ -1,0 +1,159 @@
+//! A model on a device with its prompts: what judging, predicting and training start from.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use cashtag_backend::Backend;
+use cashtag_eval::Judged;
+use cashtag_llama::adapter::{Adapter, ClassifierConfig};
+use cashtag_llama::checkpoint::Checkpoint;
+use cashtag_llama::lora::Lora;
+use cashtag_llama::model::Llama;
+use cashtag_llama::prompt::{Label, PromptFormat, TooLong};
+use cashtag_llama::score::{Scorer, normalise};
+
+use crate::progress::{Progress, Unit};
+use crate::settings::{self, Settings};
+use crate::{exit, hub, output};
+
+/// Where the parts of a model come from, opened but not loaded.
+pub(crate) struct Opened {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) format: PromptFormat,
+    pub(crate) adapter: Option<Adapter>,
+}
+
+/// Opens the model that the settings name; fetches the small default model if it is not there yet.
+///
+/// # Errors
+/// No such model, damaged files, an adapter that does not fit.
+pub(crate) fn open(settings: &Settings) -> anyhow::Result<Opened> {
+    let path = if settings.model.name == hub::EMBEDDED {
+        hub::pull_if_missing(&settings.model.name)?
+    } else {
+        hub::resolve_model(&settings.model.name)?
+    };
+    let checkpoint = open_checkpoint(settings, path)?;
+    let adapter = match &settings.model.adapter {
+        Some(dir) => Some(Adapter::load(dir, checkpoint.config())?),
+        None => None,
+    };
+    let format = format(settings, &checkpoint, adapter.as_ref().and_then(|a| a.classifier.as_ref()))?;
+    Ok(Opened { checkpoint, format, adapter })
+}
+
+fn open_checkpoint(_settings: &Settings, path: PathBuf) -> anyhow::Result<Checkpoint> {
+    Checkpoint::open(&path).with_context(|| format!("cannot use the model {}", path.display()))
+}
+
+/// The prompt: what the adapter was trained with, unless the user said something else.
+fn format(
+    settings: &Settings,
+    checkpoint: &Checkpoint,
+    trained: Option<&ClassifierConfig>,
+) -> anyhow::Result<PromptFormat> {
+    let d = &settings.data;
+    let mut system = d.system_message.clone();
+    let mut labels: Vec<Label> =
+        d.labels.0.iter().map(|l| Label { name: l.name.clone(), word: l.word.clone() }).collect();
+    let mut max_seq_length = d.max_seq_length;
+    if let Some(trained) = trained {
+        if !settings.is_set("data.system_message") {
+            system.clone_from(&trained.system_message);
+        }
+        if !settings.is_set("data.labels") {
+            labels.clone_from(&trained.labels);
+        }
+        if !settings.is_set("data.max_seq_length") {
+            max_seq_length = trained.max_seq_length;
+        }
+    }
+    let too_long = match d.too_long {
+        settings::TooLong::Truncate => TooLong::Truncate,
+        settings::TooLong::Error => TooLong::Error,
+    };
+    let tokenizer = Arc::new(checkpoint.tokenizer()?);
+    let template = checkpoint.chat_template()?;
+    Ok(PromptFormat::new(tokenizer, template, system, labels, max_seq_length, too_long)?)
+}
+
+/// Loads the weights, with a progress bar.
+pub(crate) fn load<B: Backend>(backend: &B, checkpoint: &Checkpoint) -> anyhow::Result<Llama<B>> {
+    let bar = Progress::new("loading", Unit::Of("layers"), None);
+    let model = Llama::load(backend, checkpoint, |done, total| {
+        bar.set_total(total as u64);
+        bar.set_position(done as u64);
+    })?;
+    Ok(model)
+}
+
+/// Classifies texts: probabilities over the labels, in their order.
+pub(crate) struct Classifier<'a, B: Backend> {
+    backend: &'a B,
+    model: &'a Llama<B>,
+    lora: Option<&'a Lora<B>>,
+    format: &'a PromptFormat,
+    scorer: Scorer<B>,
+    pub(crate) temperature: f32,
+}
+
+impl<'a, B: Backend> Classifier<'a, B> {
+    pub(crate) fn new(
+        backend: &'a B,
+        model: &'a Llama<B>,
+        lora: Option<&'a Lora<B>>,
+        format: &'a PromptFormat,
+        max_tokens: usize,
+    ) -> anyhow::Result<Self> {
+        let scorer = Scorer::new(backend, model, lora, format, max_tokens)?;
+        Ok(Self { backend, model, lora, format, scorer, temperature: 1.0 })
+    }
+
+    /// Probabilities of each text; any number of texts.
+    pub(crate) fn classify(&mut self, texts: &[&str]) -> anyhow::Result<Vec<Vec<f32>>> {
+        let prompts = texts.iter().map(|t| self.format.prompt(t)).collect::<Result<Vec<_>, _>>()?;
+        let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+        let scores = self.scorer.log_probabilities(self.backend, self.model, self.lora, &prompts)?;
+        Ok(scores.iter().map(|s| normalise(s, self.temperature)).collect())
+    }
+
+    /// Classifies labelled texts, with a progress bar; Ctrl-C ends it.
+    pub(crate) fn judge(&mut self, what: &str, texts: &[LabelledText]) -> anyhow::Result<Vec<Judged>> {
+        const CHUNK: usize = 64;
+        let bar = Progress::new(what, Unit::Of("texts"), Some(texts.len() as u64));
+        let mut judged = Vec::with_capacity(texts.len());
+        for chunk in texts.chunks(CHUNK) {
+            exit::check_stop()?;
+            let probabilities = self.classify(&chunk.iter().map(|t| t.text.as_str()).collect::<Vec<_>>())?;
+            judged.extend(chunk.iter().zip(probabilities).map(|(t, probabilities)| Judged {
+                text: t.text.clone(),
+                truth: t.label,
+                probabilities,
+                kind: t.kind.clone(),
+            }));
+            bar.inc(chunk.len() as u64);
+        }
+        Ok(judged)
+    }
+}
+
+/// A text with the index of its label.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct LabelledText {
+    pub(crate) text: String,
+    pub(crate) label: usize,
+    pub(crate) kind: Option<String>,
+}
+
+/// What was learnt before: the adapter on the device, if there is one.
+pub(crate) fn load_lora<B: Backend>(
+    backend: &B,
+    model: &Llama<B>,
+    adapter: Option<&Adapter>,
+) -> anyhow::Result<Option<Lora<B>>> {
+    let Some(adapter) = adapter else { return Ok(None) };
+    let lora = Lora::new(backend, adapter.lora.clone(), model.config(), &adapter.tensors, false)?;
+    output::detail(format!("adapter: r {}, {} parameters", adapter.lora.r, lora.parameters()));
+    Ok(Some(lora))
+}

@@ -1,0 +1,406 @@
+//! From settings and data to a trained adapter, with everything a person sees meanwhile.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use cashtag_backend::Backend;
+use cashtag_eval::report::HistoryRow;
+use cashtag_llama::adapter::ClassifierConfig;
+use cashtag_llama::lora::{Lora, LoraConfig, LoraTensors};
+use cashtag_llama::model::{Checkpointing, Llama};
+use cashtag_llama::packing::{TokenizedExample, TrainOn};
+use cashtag_llama::prompt::PromptFormat;
+use cashtag_train::{
+    EndReason, LogEntry, Observer, SaveStrategy, SchedulerType, StepReport, TrainOutcome, Trainer, TrainingArguments,
+};
+
+use super::engine::{Classifier, LabelledText};
+use crate::progress::{Progress, Unit};
+use crate::settings::{self, GradientCheckpointing, LrSchedulerType, Optim, Resume, Settings, Strategy};
+use crate::{exit, output};
+
+/// The knobs of `[training]` as the trainer wants them.
+///
+/// # Errors
+/// Knobs that are not built yet: better said than ignored.
+pub(crate) fn arguments(s: &Settings) -> anyhow::Result<TrainingArguments> {
+    let t = &s.training;
+    let not_yet = |on: bool, key: &str| {
+        anyhow::ensure!(!on, exit::Usage(format!("{key} is not supported yet\n  hint: leave it at its default")));
+        Ok(())
+    };
+    not_yet(t.optim == Optim::Adamw8bit, "optim = \"adamw_8bit\"")?;
+    not_yet(t.neftune_noise_alpha != 0.0, "neftune_noise_alpha")?;
+    not_yet(s.lora.use_dora, "use_dora")?;
+    let strategy = |s: Strategy| match s {
+        Strategy::No => SaveStrategy::No,
+        Strategy::Steps => SaveStrategy::Steps,
+        Strategy::Epoch => SaveStrategy::Epoch,
+    };
+    Ok(TrainingArguments {
+        num_train_epochs: t.num_train_epochs,
+        max_steps: s.max_steps(),
+        per_device_train_batch_size: t.per_device_train_batch_size,
+        gradient_accumulation_steps: t.gradient_accumulation_steps,
+        learning_rate: t.learning_rate,
+        lr_scheduler_type: match t.lr_scheduler_type {
+            LrSchedulerType::Linear => SchedulerType::Linear,
+            LrSchedulerType::Cosine => SchedulerType::Cosine,
+            LrSchedulerType::Constant => SchedulerType::Constant,
+            LrSchedulerType::ConstantWithWarmup => SchedulerType::ConstantWithWarmup,
+        },
+        warmup_ratio: t.warmup_ratio,
+        warmup_steps: t.warmup_steps,
+        weight_decay: t.weight_decay,
+        max_grad_norm: t.max_grad_norm,
+        adam_beta1: t.adam_beta1,
+        adam_beta2: t.adam_beta2,
+        adam_epsilon: t.adam_epsilon,
+        eval_strategy: strategy(t.eval_strategy),
+        eval_steps: t.eval_steps,
+        save_strategy: strategy(t.save_strategy),
+        save_steps: t.save_steps,
+        save_total_limit: t.save_total_limit,
+        load_best_model_at_end: t.load_best_model_at_end,
+        metric_for_best_model: t.metric_for_best_model.to_string(),
+        greater_is_better: t.greater_is_better,
+        early_stopping_patience: t.early_stopping_patience,
+        early_stopping_threshold: t.early_stopping_threshold,
+        logging_steps: t.logging_steps,
+        packing: t.packing,
+        max_tokens_per_batch: t.max_tokens_per_batch,
+        train_on: match t.train_on {
+            settings::TrainOn::Answer => TrainOn::Answer,
+            settings::TrainOn::All => TrainOn::All,
+        },
+        label_smoothing_factor: t.label_smoothing_factor as f32,
+        loraplus_lr_ratio: s.lora.loraplus_lr_ratio as f32,
+        seed: t.seed,
+    })
+}
+
+/// The adapter's configuration.
+///
+/// # Errors
+/// An unknown target module.
+pub(crate) fn lora_config(s: &Settings) -> anyhow::Result<LoraConfig> {
+    let l = &s.lora;
+    let target_modules = l
+        .target_modules
+        .names()
+        .iter()
+        .map(|n| n.parse().map_err(anyhow::Error::msg))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(LoraConfig {
+        r: l.r,
+        lora_alpha: l.lora_alpha as f32,
+        lora_dropout: l.lora_dropout as f32,
+        target_modules,
+        use_rslora: l.use_rslora,
+        layers_to_transform: l.layers_to_transform.as_ref().map(|l| l.0.clone()),
+    })
+}
+
+/// Weight of each label in the loss.
+fn class_weight(s: &Settings, label: usize) -> f32 {
+    s.training.class_weights.as_ref().and_then(|w| w.0.get(label)).map_or(1.0, |w| *w as f32)
+}
+
+/// Tokenizes labelled texts.
+///
+/// # Errors
+/// A text that is too long, if that is asked to be an error.
+pub(crate) fn tokenize(
+    s: &Settings,
+    format: &PromptFormat,
+    texts: &[LabelledText],
+) -> anyhow::Result<Vec<TokenizedExample>> {
+    texts.iter().map(|t| Ok(format.example(&t.text, t.label, class_weight(s, t.label))?)).collect()
+}
+
+/// What stands beside an adapter so that it is used as it was trained.
+pub(crate) fn classifier_config(s: &Settings, format: &PromptFormat, temperature: f32) -> ClassifierConfig {
+    ClassifierConfig {
+        labels: format.labels().to_vec(),
+        system_message: format.system_message().map(str::to_string),
+        max_seq_length: format.max_seq_length(),
+        temperature,
+        base_model: s.model.name.clone(),
+    }
+}
+
+/// What a training run leaves.
+pub(crate) struct Trained<B: Backend> {
+    pub(crate) lora: Lora<B>,
+    pub(crate) outcome: TrainOutcome,
+    pub(crate) history: Vec<HistoryRow>,
+    pub(crate) arguments: TrainingArguments,
+    pub(crate) rows: u64,
+}
+
+/// Trains an adapter; `Ok(None)` if Ctrl-C ended it (a checkpoint is saved).
+///
+/// # Errors
+/// Knobs that do not fit, a device that fails, a file system that refuses.
+pub(crate) fn train<B: Backend>(
+    backend: &B,
+    model: &Llama<B>,
+    format: &PromptFormat,
+    s: &Settings,
+    parts: (&[LabelledText], &[LabelledText]),
+    run_dir: &Path,
+    begin: Option<(LoraConfig, LoraTensors)>,
+) -> anyhow::Result<Option<Trained<B>>> {
+    let (train, validation) = parts;
+    let arguments = arguments(s)?;
+    let (config, tensors) = match begin {
+        Some(begin) => begin,
+        None => {
+            let config = lora_config(s)?;
+            config.validate(model.config())?;
+            let tensors = LoraTensors::init(&config, model.config(), arguments.seed);
+            (config, tensors)
+        }
+    };
+    let lora = Lora::new(backend, config, model.config(), &tensors, true)?;
+    let classifier = classifier_config(s, format, 1.0);
+    let (resume, checkpoint_dir) = match &s.training.resume {
+        Resume::Never => (false, run_dir.to_owned()),
+        Resume::Auto => (true, run_dir.to_owned()),
+        Resume::From(path) => (true, path.parent().unwrap_or(run_dir).to_owned()),
+    };
+    if !resume && !cashtag_train::checkpoint::list(run_dir).is_empty() {
+        anyhow::bail!(exit::Usage(format!(
+            "{} already holds checkpoints of a run\n  hint: --resume auto goes on with it; another --output-dir begins anew",
+            run_dir.display()
+        )));
+    }
+    let mut trainer = Trainer {
+        backend,
+        model,
+        lora,
+        train: tokenize(s, format, train)?,
+        eval: tokenize(s, format, validation)?,
+        prefix: format.prefix().to_vec(),
+        fingerprint: fingerprint(s, train, format, &arguments),
+        arguments,
+        checkpointing: match s.training.gradient_checkpointing {
+            GradientCheckpointing::Block => Checkpointing::Block,
+            GradientCheckpointing::None | GradientCheckpointing::Auto => Checkpointing::None,
+        },
+        run_dir: checkpoint_dir,
+        base_model: Some(s.model.name.clone()),
+        classifier: Some(classifier),
+        resume,
+    };
+    let _clean = exit::clean_stop();
+    let total = trainer.arguments.total_steps(trainer.train.len());
+    let wants_metrics = s.training.metric_for_best_model != settings::Metric::EvalLoss;
+    let mut watch = Watch {
+        backend,
+        model,
+        format,
+        validation: if wants_metrics { validation } else { &[] },
+        max_tokens: s.training.max_tokens_per_batch,
+        bar: Progress::new("training", Unit::Of("examples"), None),
+        log: TrainerLog::open(run_dir)?,
+        history: Vec::new(),
+        last: None,
+        examples: 0,
+        rows: 0,
+        seconds: 0.0,
+    };
+    let n = trainer.train.len();
+    let per_epoch = trainer.arguments.steps_per_epoch(n);
+    let per_step = trainer.arguments.examples_per_step();
+    let whole: usize = (0..total)
+        .map(|step| if (step + 1) % per_epoch == 0 { n - (per_epoch - 1) * per_step } else { per_step })
+        .sum();
+    watch.bar.set_total(whole as u64);
+    let outcome = trainer.run(&mut watch)?;
+    let (history, rows) = (watch.finish(&outcome), outcome.state.num_input_tokens_seen);
+    if outcome.reason == EndReason::Interrupted {
+        return Ok(None);
+    }
+    if outcome.reason == EndReason::EarlyStopped {
+        output::note(format!(
+            "stopped early after step {} of {total}: {} evaluations without improvement; the best was step {}",
+            outcome.state.global_step, outcome.state.evaluations_without_gain, outcome.step
+        ));
+    }
+    Ok(Some(Trained { lora: trainer.lora, outcome, history, arguments: trainer.arguments, rows }))
+}
+
+/// Changes when anything changes that a continued run must share with the run that it continues.
+fn fingerprint(s: &Settings, train: &[LabelledText], format: &PromptFormat, a: &TrainingArguments) -> String {
+    use sha2::{Digest, Sha256};
+    let mut hash = Sha256::new();
+    for t in train {
+        hash.update(t.text.as_bytes());
+        hash.update([0xff, t.label as u8]);
+    }
+    // How long the run is and how often it evaluates and saves may change; what a step computes may not.
+    let a = TrainingArguments {
+        logging_steps: 0,
+        eval_steps: 0,
+        save_steps: 0,
+        save_total_limit: None,
+        early_stopping_patience: None,
+        early_stopping_threshold: 0.0,
+        load_best_model_at_end: false,
+        metric_for_best_model: String::new(),
+        ..a.clone()
+    };
+    hash.update(format!("{:?}{:?}{:?}{:?}{a:?}", s.model.name, s.lora, format.system_message(), format.labels()));
+    hash.finalize().iter().take(16).map(|b| format!("{b:02x}")).collect()
+}
+
+/// `trainer_log.jsonl`: one line for each entry of the log, flushed at once.
+struct TrainerLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl TrainerLog {
+    fn open(run_dir: &Path) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(run_dir).with_context(|| format!("cannot create {}", run_dir.display()))?;
+        let path = run_dir.join("trainer_log.jsonl");
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Self { path, file })
+    }
+
+    fn write(&mut self, entry: &LogEntry) {
+        let line = serde_json::to_string(entry).unwrap_or_default() + "\n";
+        if let Err(e) = self.file.write_all(line.as_bytes()) {
+            output::warn(format!("cannot write {}: {e}", self.path.display()));
+        }
+    }
+
+    /// Writes the whole history anew, so that a continued run has every entry once and in order.
+    fn replace(&mut self, history: &[LogEntry]) {
+        let text: String = history.iter().filter_map(|e| Some(serde_json::to_string(e).ok()? + "\n")).collect();
+        if let Err(e) = cashtag_corpus::formats::write_atomically(&self.path, text.as_bytes()) {
+            output::warn(e.to_string());
+        }
+    }
+}
+
+struct Watch<'a, B: Backend> {
+    backend: &'a B,
+    model: &'a Llama<B>,
+    format: &'a PromptFormat,
+    validation: &'a [LabelledText],
+    max_tokens: usize,
+    bar: Progress,
+    log: TrainerLog,
+    history: Vec<(usize, f64, f64)>,
+    last: Option<StepReport>,
+    examples: usize,
+    rows: usize,
+    seconds: f64,
+}
+
+impl<B: Backend> Watch<'_, B> {
+    fn finish(mut self, outcome: &TrainOutcome) -> Vec<HistoryRow> {
+        self.log.replace(&outcome.state.log_history);
+        let rate = |step: usize| self.history.iter().find(|(s, ..)| *s == step).map(|(_, e, t)| (*e, *t));
+        outcome
+            .state
+            .log_history
+            .iter()
+            .map(|entry| {
+                let get = |key: &str| entry.get(key).copied();
+                let step = get("step").unwrap_or(0.0) as u64;
+                let rates = rate(step as usize);
+                HistoryRow {
+                    step,
+                    epoch: get("epoch").unwrap_or(0.0),
+                    loss: get("loss"),
+                    eval_loss: get("eval_loss"),
+                    learning_rate: get("learning_rate"),
+                    grad_norm: get("grad_norm"),
+                    examples_per_second: rates.map(|r| r.0),
+                    tokens_per_second: rates.map(|r| r.1),
+                }
+            })
+            .collect()
+    }
+}
+
+impl<B: Backend> Observer<B> for Watch<'_, B> {
+    fn step(&mut self, r: &StepReport) {
+        if self.last.is_none() && r.step > 1 {
+            self.bar.set_position(((r.step - 1) * r.examples) as u64);
+        }
+        self.examples += r.examples;
+        self.rows += r.rows;
+        self.seconds += r.seconds;
+        self.history.push((r.step, r.examples as f64 / r.seconds, r.rows as f64 / r.seconds));
+        let memory = self.backend.memory().0 as f64 / f64::from(1 << 30);
+        self.bar.message(format!(
+            "step {}/{}, loss {:.3}, lr {:.1e}, |g| {:.2}, {:.0} tokens/s, {memory:.2} GiB",
+            r.step,
+            r.total_steps,
+            r.loss,
+            r.learning_rate,
+            r.grad_norm,
+            r.rows as f64 / r.seconds
+        ));
+        self.bar.inc(r.examples as u64);
+        self.last = Some(r.clone());
+    }
+
+    fn log(&mut self, entry: &LogEntry) {
+        self.log.write(entry);
+        if let Some(loss) = entry.get("eval_loss") {
+            let more: String = entry
+                .iter()
+                .filter(|(k, _)| k.starts_with("eval_") && k.ends_with(['1', 'y']))
+                .map(|(k, v)| format!(", {k} {v:.3}"))
+                .collect();
+            output::detail(format!("step {}: eval_loss {loss:.4}{more}", entry.get("step").unwrap_or(&0.0)));
+        }
+    }
+
+    fn evaluate(&mut self, lora: &Lora<B>) -> cashtag_train::Result<LogEntry> {
+        let mut entry = LogEntry::new();
+        if self.validation.is_empty() {
+            return Ok(entry);
+        }
+        let failed = |e: anyhow::Error| cashtag_train::Error::Invalid(format!("evaluation: {e:#}"));
+        let mut classifier =
+            Classifier::new(self.backend, self.model, Some(lora), self.format, self.max_tokens).map_err(failed)?;
+        let texts: Vec<&str> = self.validation.iter().map(|t| t.text.as_str()).collect();
+        let probabilities = classifier.classify(&texts).map_err(failed)?;
+        let judged: Vec<_> = self
+            .validation
+            .iter()
+            .zip(probabilities)
+            .map(|(t, probabilities)| cashtag_eval::Judged {
+                text: t.text.clone(),
+                truth: t.label,
+                probabilities,
+                kind: t.kind.clone(),
+            })
+            .collect();
+        let metrics = cashtag_eval::evaluate(&judged, &self.format.label_names(), 0).map_err(|e| failed(e.into()))?;
+        entry.insert("eval_accuracy".into(), metrics.accuracy.value);
+        entry.insert("eval_macro_f1".into(), metrics.macro_f1.value);
+        entry.insert("eval_weighted_f1".into(), metrics.weighted_f1.value);
+        Ok(entry)
+    }
+
+    fn warn(&mut self, message: &str) {
+        output::warn(message);
+    }
+
+    fn should_stop(&mut self) -> bool {
+        exit::stop_requested()
+    }
+}
