@@ -60,7 +60,8 @@ impl CpuBuffer {
     pub(crate) fn new(memory: &Arc<Memory>, dtype: Dtype, len: usize) -> Self {
         let data = match dtype {
             Dtype::F32 => Data::F32(vec![0.0; len]),
-            Dtype::Bf16 => Data::Bf16(vec![Bf16(0); len]),
+            // Zeroed u16s come from the allocator as untouched pages; a `vec!` of a struct would be written.
+            Dtype::Bf16 => Data::Bf16(bytemuck::allocation::cast_vec(vec![0u16; len])),
             Dtype::U32 => Data::U32(vec![0; len]),
             Dtype::F16 => panic!("the CPU backend has no float16"),
         };

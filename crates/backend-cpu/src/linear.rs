@@ -70,7 +70,7 @@ impl CpuWeight {
             panels.reshape(inner, out);
             let len = panels.panel_len();
             if len > 0 {
-                panels.words.par_chunks_mut(len).enumerate().try_for_each_init(
+                panels.used().par_chunks_mut(len).enumerate().try_for_each_init(
                     || (vec![0f32; LOAD_ROWS * inner], vec![Bf16::default(); LOAD_ROWS * inner], Panels::default()),
                     |(wide, narrow, one), (p, target)| -> Result<()> {
                         let rows = p * NR..((p + 1) * NR).min(out);
@@ -80,7 +80,7 @@ impl CpuWeight {
                             *b = Bf16::from_f32(*f);
                         }
                         pack_nt(narrow, inner, n, inner, one, false);
-                        target.copy_from_slice(&one.words);
+                        target.copy_from_slice(one.used());
                         Ok(())
                     },
                 )?;

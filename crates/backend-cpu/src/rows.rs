@@ -99,16 +99,21 @@ fn philox_lanes(first: u32, row: u32, site: u32, step: u32, seed: u64) -> [[u32;
 
 simd! {
     fn dropout_row<T: Element>(x: &[T], d: Dropout, row: u32, accumulate: bool, out: &mut [T]) {
-        let threshold = u32::from(philox::dropout_threshold(d.p));
+        let threshold = philox::dropout_threshold(d.p);
         let scale = 1.0 / (1.0 - d.p);
         let mut keep = [0f32; LANES * 8];
+        let mut bits = [0u32; LANES * 4];
         for (block, (x, out)) in x.chunks(LANES * 8).zip(out.chunks_mut(LANES * 8)).enumerate() {
             let words = philox_lanes((block * LANES) as u32, row, d.site, d.step, d.seed);
-            for (w, words) in words.iter().enumerate() {
-                for (lane, &word) in words.iter().enumerate() {
-                    keep[lane * 8 + w * 2] = if (word & 0xffff) >= threshold { scale } else { 0.0 };
-                    keep[lane * 8 + w * 2 + 1] = if (word >> 16) >= threshold { scale } else { 0.0 };
+            // The four words of a counter decide eight neighbouring elements, sixteen bits each, the lower half first.
+            for lane in 0..LANES {
+                for (w, words) in words.iter().enumerate() {
+                    bits[lane * 4 + w] = words[lane];
                 }
+            }
+            let halves: &[u16; LANES * 8] = bytemuck::cast_ref(&bits);
+            for (keep, &half) in keep.iter_mut().zip(halves) {
+                *keep = if half >= threshold { scale } else { 0.0 };
             }
             if accumulate {
                 for ((out, x), keep) in out.iter_mut().zip(x).zip(&keep) {

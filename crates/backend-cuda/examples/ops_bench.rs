@@ -71,7 +71,7 @@ impl Random {
 
 struct Line {
     name: &'static str,
-    /// Calls in one layer's forward, and in its backward.
+    /// Calls in one layer's forward and backward: by the trait's operations alone, and with the fused ones beside it.
     calls: (usize, usize),
     us: f64,
     floor_us: f64,
@@ -93,7 +93,8 @@ const FLOP_PER_US: f64 = 780e6;
 impl Bench {
     fn buffer(&mut self, dtype: Dtype, len: usize) -> Result<CudaBuffer> {
         let mut b = self.gpu.uninit(dtype, len)?;
-        let part: Vec<f32> = (0..(1 << 18).min(len)).map(|_| (self.random.next() >> 40) as f32 / (1 << 23) as f32 - 1.0).collect();
+        let part: Vec<f32> =
+            (0..(1 << 18).min(len)).map(|_| (self.random.next() >> 40) as f32 / (1 << 23) as f32 - 1.0).collect();
         for offset in (0..len).step_by(part.len()) {
             self.gpu.upload(&part[..part.len().min(len - offset)], &mut b, offset)?;
         }
@@ -104,23 +105,51 @@ impl Bench {
         (0..SETS).map(|_| self.buffer(dtype, len)).collect()
     }
 
-    /// Microseconds a call: the median of five runs of some twenty milliseconds.
-    fn time(&self, mut f: impl FnMut(&CudaBackend, usize) -> Result<()>) -> Result<f64> {
+    /// Microseconds of the card for a call, and of the host to queue it. The card's are those of a recorded sequence, so that the host
+    /// cannot slow it down; work that cannot be recorded is timed as it is.
+    fn time(&self, mut f: impl FnMut(&CudaBackend, usize) -> Result<()>) -> Result<(f64, f64)> {
         let timer = self.gpu.timer()?;
         let mut run = |calls: usize| -> Result<f64> {
+            let started = Instant::now();
             timer.start()?;
             for i in 0..calls {
                 f(&self.gpu, i % SETS)?;
             }
+            let host = started.elapsed().as_secs_f64() * 1e6 / calls as f64;
             timer.stop()?;
-            Ok(f64::from(timer.milliseconds()?) * 1e3 / calls as f64)
+            timer.milliseconds()?;
+            Ok(host)
         };
         run(SETS)?;
-        let once = run(2 * SETS)?;
-        let calls = ((15e3 / once) as usize).clamp(SETS, 400).next_multiple_of(SETS);
-        let mut times = (0..5).map(|_| run(calls)).collect::<Result<Vec<_>>>()?;
+        let host = run(2 * SETS)?;
+        let once = f64::from(timer.milliseconds()?) * 1e3 / (2 * SETS) as f64;
+        let calls = ((3e3 / once) as usize).clamp(SETS, 200).next_multiple_of(SETS);
+        let recorded = self.gpu.capture(|| {
+            for i in 0..calls {
+                // Errors of the example's own kind cannot pass through here; the backend's are all there are.
+                f(&self.gpu, i % SETS)
+                    .map_err(|e| cashtag_backend::Error::Device { device: "cuda:0".into(), what: e.to_string() })?;
+            }
+            Ok(())
+        });
+        let mut times = Vec::new();
+        for _ in 0..7 {
+            timer.start()?;
+            match &recorded {
+                // SAFETY: the buffers belong to the caller of `line`, which outlives this.
+                Ok(graph) => unsafe { graph.launch()? },
+                Err(_) => {
+                    for i in 0..calls {
+                        f(&self.gpu, i % SETS)?;
+                    }
+                }
+            }
+            timer.stop()?;
+            times.push(f64::from(timer.milliseconds()?) * 1e3 / calls as f64);
+        }
+        times.remove(0);
         times.sort_by(f64::total_cmp);
-        Ok(times[2])
+        Ok((times[2], host))
     }
 
     fn line(
@@ -134,14 +163,14 @@ impl Bench {
         if !name.contains(&self.filter) {
             return Ok(());
         }
-        let us = self.time(f)?;
+        let (us, host) = self.time(f)?;
         let (by_bytes, by_flop) = (bytes as f64 / BYTES_PER_US, flop as f64 / FLOP_PER_US);
         let rate = if by_flop > by_bytes {
             format!("{:.0} TFLOP/s", flop as f64 / us / 1e6)
         } else {
             format!("{:.0} GB/s", bytes as f64 / us / 1e3)
         };
-        println!("{name:<34} {us:>9.1} us   floor {:>8.1}   {rate}", by_bytes.max(by_flop));
+        println!("{name:<38} {us:>8.1} us   floor {:>7.1}   {rate:<14} host {host:.1} us", by_bytes.max(by_flop));
         self.lines.push(Line { name, calls, us, floor_us: by_bytes.max(by_flop), rate });
         Ok(())
     }
@@ -161,7 +190,7 @@ fn main() -> Result<()> {
     let n = arguments.first().and_then(|a| a.parse().ok()).unwrap_or(1740);
     let resident = if value("--resident").as_deref() == Some("nf4") { Resident::Nf4 } else { Resident::Bf16 };
     let started = Instant::now();
-    let gpu = CudaBackend::new(0, Options { resident, ..Options::default() })?;
+    let gpu = CudaBackend::new(0, Options { resident, lora_r: RANK, ..Options::default() })?;
     println!("{}\nopened in {:.2} s", cashtag_backend_cuda::probe(), started.elapsed().as_secs_f64());
     let mut b = Bench { gpu, random: Random(7), filter: value("--filter").unwrap_or_default(), lines: Vec::new(), n };
     rows(&mut b)?;
@@ -182,16 +211,31 @@ fn rows(b: &mut Bench) -> Result<()> {
     let w = b.buffer(Dtype::F32, D)?;
     let mut inv = b.buffer(Dtype::F32, n)?;
     let nd = n * D;
-    b.line("rms_norm", (2, 0), nd * 6, 0, |g, i| {
+    b.line(
+        "copy f32 [n, d]",
+        (2, 0),
+        nd * 8,
+        0,
+        |g, i| Ok(g.copy(view(&x32[i], n, D), view_mut(&mut dx32[i], n, D))?),
+    )?;
+    b.line("rms_norm", (4, 4), nd * 6, 0, |g, i| {
         Ok(g.rms_norm(view(&x32[i], n, D), &w, 1e-5, view_mut(&mut y[i], n, D), &mut inv)?)
     })?;
-    b.line("rms_norm_backward", (0, 2), nd * 14, 0, |g, i| {
+    b.line("rms_norm_backward", (2, 0), nd * 14, 0, |g, i| {
         Ok(g.rms_norm_backward(view(&x[i], n, D), view(&x32[i], n, D), &w, &inv, view_mut(&mut dx32[i], n, D))?)
     })?;
-    b.line("copy f32 to T [n, d]", (0, 2), nd * 6, 0, |g, i| Ok(g.copy(view(&x32[i], n, D), view_mut(&mut y[i], n, D))?))?;
+    b.line("rms_norm_backward, copy", (0, 2), nd * 16, 0, |g, i| {
+        let (dx, copy) = (view_mut(&mut dx32[i], n, D), view_mut(&mut y[i], n, D));
+        Ok(g.rms_norm_backward_copy(view(&x[i], n, D), view(&x32[i], n, D), &w, &inv, dx, copy)?)
+    })?;
+    b.line("copy f32 to T [n, d]", (2, 0), nd * 6, 0, |g, i| {
+        Ok(g.copy(view(&x32[i], n, D), view_mut(&mut y[i], n, D))?)
+    })?;
     let d = Dropout { p: 0.1, seed: 1, step: 1, site: 1 };
-    b.line("dropout [n, d]", (3, 0), nd * 4, 0, |g, i| Ok(g.dropout(view(&x[i], n, D), d, false, view_mut(&mut y[i], n, D))?))?;
-    b.line("dropout accumulate [n, d]", (0, 3), nd * 6, 0, |g, i| {
+    b.line("dropout [n, d]", (6, 0), nd * 4, 0, |g, i| {
+        Ok(g.dropout(view(&x[i], n, D), d, false, view_mut(&mut y[i], n, D))?)
+    })?;
+    b.line("dropout accumulate [n, d]", (3, 0), nd * 6, 0, |g, i| {
         Ok(g.dropout(view(&x[i], n, D), d, true, view_mut(&mut y[i], n, D))?)
     })?;
     let nf = n * F;
@@ -199,19 +243,21 @@ fn rows(b: &mut Bench) -> Result<()> {
     let mut d_gate_up = b.sets(t, 2 * nf)?;
     let h = b.sets(t, nf)?;
     let mut h2 = b.sets(t, nf)?;
-    b.line("dropout [n, f]", (1, 0), nf * 4, 0, |g, i| Ok(g.dropout(view(&h[i], n, F), d, false, view_mut(&mut h2[i], n, F))?))?;
-    b.line("dropout accumulate [n, f]", (0, 1), nf * 6, 0, |g, i| {
+    b.line("dropout [n, f]", (2, 0), nf * 4, 0, |g, i| {
+        Ok(g.dropout(view(&h[i], n, F), d, false, view_mut(&mut h2[i], n, F))?)
+    })?;
+    b.line("dropout accumulate [n, f]", (1, 0), nf * 6, 0, |g, i| {
         Ok(g.dropout(view(&h[i], n, F), d, true, view_mut(&mut h2[i], n, F))?)
     })?;
-    b.line("swiglu", (1, 0), nf * 6, 0, |g, i| Ok(g.swiglu(view(&gate_up[i], n, 2 * F), view_mut(&mut h2[i], n, F))?))?;
-    b.line("swiglu_backward", (0, 1), nf * 10, 0, |g, i| {
+    b.line("swiglu", (2, 2), nf * 6, 0, |g, i| Ok(g.swiglu(view(&gate_up[i], n, 2 * F), view_mut(&mut h2[i], n, F))?))?;
+    b.line("swiglu_backward", (1, 1), nf * 10, 0, |g, i| {
         Ok(g.swiglu_backward(view(&h[i], n, F), view(&gate_up[i], n, 2 * F), view_mut(&mut d_gate_up[i], n, 2 * F))?)
     })?;
     let mut qkv = b.sets(t, n * 3 * D)?;
     let tables = [b.buffer(Dtype::F32, 512 * HEAD_DIM / 2)?, b.buffer(Dtype::F32, 512 * HEAD_DIM / 2)?];
     let mut positions = b.gpu.uninit(Dtype::U32, n)?;
     b.gpu.upload_u32(&(0..n as u32).map(|i| i % 512).collect::<Vec<_>>(), &mut positions)?;
-    b.line("rope of q and k", (1, 1), nd * 2 * 4, 0, |g, i| {
+    b.line("rope of q and k", (2, 2), nd * 2 * 4, 0, |g, i| {
         let rope = Rope { head_dim: HEAD_DIM, cos: &tables[0], sin: &tables[1], positions: &positions };
         Ok(g.rope(rope, false, view_mut(&mut qkv[i], n, 3 * D).columns(0, 2 * D))?)
     })
@@ -228,9 +274,10 @@ fn packed(n: usize) -> AttentionLayout {
 
 fn attention(b: &mut Bench) -> Result<()> {
     let t = b.gpu.compute_dtype();
-    for (name, calls, layout) in
-        [(["attention", "attention_backward"], 1, packed(b.n)), (["attention, one of 4096", "attention_backward, one of 4096"], 0, AttentionLayout::packed(0, &[0], &[4096]))]
-    {
+    for (name, calls, layout) in [
+        (["attention", "attention_backward"], 1, packed(b.n)),
+        (["attention, one of 4096", "attention_backward, one of 4096"], 0, AttentionLayout::packed(0, &[0], &[4096])),
+    ] {
         let n = layout.q_rows();
         let qkv = b.sets(t, n * 3 * D)?;
         let mut o = b.sets(t, n * D)?;
@@ -238,12 +285,12 @@ fn attention(b: &mut Bench) -> Result<()> {
         let mut d_qkv = b.sets(t, n * 3 * D)?;
         let mut lse = b.gpu.zeros(Dtype::F32, n * HEADS)?;
         let flop = layout.pairs() * HEADS * HEAD_DIM * 4;
-        b.line(name[0], (calls, 0), n * D * 8, flop, |g, i| {
+        b.line(name[0], (calls, calls), n * D * 8, flop, |g, i| {
             let all = view(&qkv[i], n, 3 * D);
             let (q, k, v) = (all.columns(0, D), all.columns(D, D), all.columns(2 * D, D));
             Ok(g.attention(&layout, HEAD_DIM, q, k, v, view_mut(&mut o[i], n, D), &mut lse)?)
         })?;
-        b.line(name[1], (0, calls), n * D * 16, flop * 5 / 2, |g, i| {
+        b.line(name[1], (calls, calls), n * D * 16, flop * 5 / 2, |g, i| {
             let (qkv, o, d_o) = (view(&qkv[i], n, 3 * D), view(&o[i], n, D), view(&d_o[i], n, D));
             Ok(g.attention_backward(&layout, HEAD_DIM, HEADS, qkv, o, &lse, d_o, view_mut(&mut d_qkv[i], n, 3 * D))?)
         })?;
@@ -269,7 +316,15 @@ fn loss_and_optimizer(b: &mut Bench) -> Result<()> {
     let (mut m, mut v) = (b.gpu.zeros(Dtype::F32, len)?, b.gpu.zeros(Dtype::F32, len)?);
     let mut compute = b.gpu.zeros(t, len)?;
     b.line("adamw, 40 M", (0, 0), len * 30, 0, |g, _| {
-        let h = AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01, step: 1, gradient_scale: 1.0 };
+        let h = AdamW {
+            learning_rate: 1e-4,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            step: 1,
+            gradient_scale: 1.0,
+        };
         Ok(g.adamw(h, &mut p, &gradient, &mut m, &mut v, &mut compute)?)
     })?;
     b.line("sum_of_squares, 40 M (waits)", (0, 0), len * 4, 0, |g, _| {
@@ -279,101 +334,155 @@ fn loss_and_optimizer(b: &mut Bench) -> Result<()> {
     b.line("fill_zero, 40 M", (0, 0), len * 4, 0, |g, _| Ok(g.fill_zero(&mut m)?))
 }
 
-fn products(b: &mut Bench) -> Result<()> {
-    let n = b.n;
-    let t = b.gpu.compute_dtype();
-    let frozen: [(&str, &str, &str, usize, usize); 4] = [
-        ("linear qkv", "linear_backward qkv", "", 3 * D, D),
-        ("linear o", "linear_backward o", "", D, D),
-        ("linear gate_up", "linear_backward gate_up", "", 2 * F, D),
-        ("linear down", "linear_backward down", "", D, F),
-    ];
-    for (forward, backward, _, out, inner) in frozen {
-        let sources: Vec<Source> = (0..SETS).map(|_| b.random.weight(out, inner)).collect();
-        let started = Instant::now();
-        let weights =
-            sources.iter().map(|s| Ok(b.gpu.weight(&[s as &dyn WeightSource])?)).collect::<Result<Vec<CudaWeight>>>()?;
-        b.gpu.synchronize()?;
-        println!("{forward}: four weights loaded in {:.2} s", started.elapsed().as_secs_f64());
-        let mut x = b.sets(t, n * inner)?;
-        let mut y = b.sets(t, n * out)?;
-        let flop = 2 * n * out * inner;
-        let bytes = (n * (out + inner) + out * inner) * 2;
-        b.line(forward, (1, 0), bytes, flop, |g, i| Ok(g.linear(view(&x[i], n, inner), &weights[i], false, view_mut(&mut y[i], n, out))?))?;
-        b.line(backward, (0, 1), bytes, flop, |g, i| {
-            Ok(g.linear_backward(view(&y[i], n, out), &weights[i], false, view_mut(&mut x[i], n, inner))?)
-        })?;
-        if out == D {
-            let mut residual = b.sets(Dtype::F32, n * out)?;
-            let name = if inner == D { "linear o into f32 residual" } else { "linear down into f32 residual" };
-            b.line(name, (0, 0), bytes + n * out * 6, flop, |g, i| {
-                Ok(g.linear(view(&x[i], n, inner), &weights[i], true, view_mut(&mut residual[i], n, out))?)
-            })?;
-        }
-        for few in [1, 16, 64, 256] {
-            let name: &'static str = format!("{forward}, {few} rows").leak();
-            b.line(name, (0, 0), (few * (out + inner) + out * inner) * 2, 2 * few * out * inner, |g, i| {
-                Ok(g.linear(view(&x[i], few, inner), &weights[i], false, view_mut(&mut y[i], few, out))?)
-            })?;
-        }
-    }
-    lora(b)
+/// A site of LoRA: one frozen weight and the matrices of `out` rows each that are stacked in it.
+struct Site {
+    name: &'static str,
+    count: usize,
+    out: usize,
+    inner: usize,
+    /// Whether the result is added to the f32 residual stream.
+    residual: bool,
 }
 
-/// (name of the input's site, matrices that read it, their outputs, input width)
-const SITES: [(&str, usize, usize, usize); 4] = [("qkv", 3, D, D), ("o", 1, D, D), ("gate_up", 2, F, D), ("down", 1, D, F)];
+const SITES: [Site; 4] = [
+    Site { name: "qkv", count: 3, out: D, inner: D, residual: false },
+    Site { name: "o", count: 1, out: D, inner: D, residual: true },
+    Site { name: "gate_up", count: 2, out: F, inner: D, residual: false },
+    Site { name: "down", count: 1, out: D, inner: F, residual: true },
+];
 
-fn lora(b: &mut Bench) -> Result<()> {
-    let n = b.n;
-    let t = b.gpu.compute_dtype();
-    for (site, count, out, inner) in SITES {
-        let r = count * RANK;
-        let mut x = b.sets(t, n * inner)?;
-        let a = b.sets(t, r * inner)?;
-        let mut u = b.sets(t, n * r)?;
-        let up = b.sets(t, out * RANK)?;
-        let mut y = b.sets(t, n * count * out)?;
-        let mut grad_a = b.sets(Dtype::F32, r * inner)?;
-        let mut grad_b = b.sets(Dtype::F32, out * RANK)?;
-        let name = |what: &str| -> &'static str { format!("lora {site}: {what}").leak() };
-        b.line(name("u = x·Aᵀ"), (1, 0), (n * (inner + r) + r * inner) * 2, 2 * n * r * inner, |g, i| {
-            Ok(g.matmul_nt(1.0, view(&x[i], n, inner), view(&a[i], r, inner), 0.0, view_mut(&mut u[i], n, r))?)
+fn products(b: &mut Bench) -> Result<()> {
+    for site in &SITES {
+        frozen(b, site)?;
+        lora(b, site)?;
+    }
+    Ok(())
+}
+
+fn frozen(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Site) -> Result<()> {
+    let (n, t) = (b.n, b.gpu.compute_dtype());
+    let (all, rank) = (count * out, count * RANK);
+    let sources: Vec<Vec<Source>> =
+        (0..SETS).map(|_| (0..count).map(|_| b.random.weight(out, inner)).collect()).collect();
+    let started = Instant::now();
+    let load = |stack: &Vec<Source>| -> Result<CudaWeight> {
+        let stack: Vec<&dyn WeightSource> = stack.iter().map(|s| s as &dyn WeightSource).collect();
+        Ok(b.gpu.weight(&stack)?)
+    };
+    let weights = sources.iter().map(load).collect::<Result<Vec<CudaWeight>>>()?;
+    b.gpu.synchronize()?;
+    println!("{site}: four weights loaded in {:.2} s", started.elapsed().as_secs_f64());
+    let name = |what: &str| -> &'static str { format!("{what} {site}").leak() };
+    let mut x = b.sets(t, n * (inner + rank))?;
+    let mut y = b.sets(t, n * all)?;
+    let mut y32 = b.sets(Dtype::F32, if residual { n * all } else { 1 })?;
+    let up = b.sets(t, count * out * RANK)?;
+    let flop = 2 * n * all * inner;
+    let extra = 2 * n * all * rank;
+    let bytes = (n * (all + inner) + all * inner) * 2;
+    b.line(name("linear"), (usize::from(!residual), 0), bytes, flop, |g, i| {
+        Ok(g.linear(view(&x[i], n, inner), &weights[i], false, view_mut(&mut y[i], n, all))?)
+    })?;
+    if residual {
+        b.line(name("linear, added to f32"), (1, 0), bytes + n * all * 6, flop, |g, i| {
+            Ok(g.linear(view(&x[i], n, inner), &weights[i], true, view_mut(&mut y32[i], n, all))?)
         })?;
-        b.line(name("y += s·u·Bᵀ"), (count, 0), (n * (2 * out + RANK) + out * RANK) * 2, 2 * n * out * RANK, |g, i| {
-            let c = view_mut(&mut y[i], n, count * out).columns(0, out);
-            Ok(g.matmul_nt(0.5, view(&u[i], n, r).columns(0, RANK), view(&up[i], out, RANK), 1.0, c)?)
-        })?;
-        b.line(name("du = s·dy·B"), (0, count), (n * (out + RANK) + out * RANK) * 2, 2 * n * out * RANK, |g, i| {
-            let dy = view(&y[i], n, count * out).columns(0, out);
-            Ok(g.matmul_nn(0.5, dy, view(&up[i], out, RANK), 0.0, view_mut(&mut u[i], n, r).columns(0, RANK))?)
-        })?;
-        b.line(name("dB += dyᵀ·u"), (0, count), (n * (out + RANK)) * 2 + out * RANK * 8, 2 * n * out * RANK, |g, i| {
-            let dy = view(&y[i], n, count * out).columns(0, out);
-            Ok(g.matmul_tn(0.5, dy, view(&u[i], n, r).columns(0, RANK), 1.0, view_mut(&mut grad_b[i], out, RANK))?)
-        })?;
-        b.line(name("dA += duᵀ·x"), (0, 1), (n * (inner + r)) * 2 + r * inner * 8, 2 * n * r * inner, |g, i| {
-            Ok(g.matmul_tn(1.0, view(&u[i], n, r), view(&x[i], n, inner), 1.0, view_mut(&mut grad_a[i], r, inner))?)
-        })?;
-        b.line(name("dx = du·A"), (0, 1), (n * (inner + r) + r * inner) * 2, 2 * n * r * inner, |g, i| {
-            Ok(g.matmul_nn(1.0, view(&u[i], n, r), view(&a[i], r, inner), 0.0, view_mut(&mut x[i], n, inner))?)
+    }
+    b.line(name("linear_backward"), (1, 0), bytes, flop, |g, i| {
+        Ok(g.linear_backward(view(&y[i], n, all), &weights[i], false, view_mut(&mut x[i], n, inner))?)
+    })?;
+    // The work to be done counts without the zeros of the stack.
+    let useful = flop + extra / count;
+    b.line(name("linear_lora"), (0, 1), bytes, useful, |g, i| {
+        let factors: Vec<_> =
+            (0..count).map(|j| (j * out, view(&up[i], count * out, RANK).rows(j * out, out))).collect();
+        let y = if residual { &mut y32[i] } else { &mut y[i] };
+        Ok(g.linear_lora(view(&x[i], n, inner + rank), &weights[i], &factors, 0.25, residual, view_mut(y, n, all))?)
+    })?;
+    b.line(name("linear_lora_backward"), (0, 1), bytes, useful, |g, i| {
+        let factors: Vec<_> =
+            (0..count).map(|j| (j * out, view(&up[i], count * out, RANK).rows(j * out, out))).collect();
+        let dx_du = view_mut(&mut x[i], n, inner + rank);
+        Ok(g.linear_lora_backward(view(&y[i], n, all), &weights[i], &factors, 0.25, dx_du)?)
+    })?;
+    for few in [1, 16, 64, 256] {
+        let name: &'static str = format!("linear {site}, {few} rows").leak();
+        b.line(name, (0, 0), (few * (all + inner) + all * inner) * 2, 2 * few * all * inner, |g, i| {
+            Ok(g.linear(view(&x[i], few, inner), &weights[i], false, view_mut(&mut y[i], few, all))?)
         })?;
     }
     Ok(())
 }
 
+fn lora(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Site) -> Result<()> {
+    let (n, t) = (b.n, b.gpu.compute_dtype());
+    let r = count * RANK;
+    let mut x = b.sets(t, n * inner)?;
+    let a = b.sets(t, r * inner)?;
+    let mut u = b.sets(t, n * r)?;
+    let up = b.sets(t, out * RANK)?;
+    let mut y = b.sets(t, n * count * out)?;
+    let mut y32 = b.sets(Dtype::F32, if residual { n * out } else { 1 })?;
+    let mut grad_a = b.sets(Dtype::F32, r * inner)?;
+    let mut grad_b = b.sets(Dtype::F32, out * RANK)?;
+    let mut scratch = b.gpu.uninit(t, n * inner)?;
+    let d = Some(Dropout { p: 0.1, seed: 1, step: 1, site: 1 });
+    let name = |what: &str| -> &'static str { format!("lora {site}: {what}").leak() };
+    let (wide, thin) = (n * (inner + r) + r * inner, n * (out + RANK) + out * RANK);
+    let (wide_flop, thin_flop) = (2 * n * r * inner, 2 * n * out * RANK);
+    b.line(name("u = x·Aᵀ"), (1, 0), wide * 2, wide_flop, |g, i| {
+        Ok(g.matmul_nt(1.0, view(&x[i], n, inner), view(&a[i], r, inner), 0.0, view_mut(&mut u[i], n, r))?)
+    })?;
+    b.line(name("u = dropout(x)·Aᵀ"), (0, 1), wide * 2, wide_flop, |g, i| {
+        Ok(g.lora_down(view(&x[i], n, inner), d, view(&a[i], r, inner), &mut scratch, view_mut(&mut u[i], n, r))?)
+    })?;
+    let up_bytes = thin * 2 + n * out * if residual { 6 } else { 2 };
+    b.line(name("y += s·u·Bᵀ"), (count, 0), up_bytes, thin_flop, |g, i| {
+        let c =
+            if residual { view_mut(&mut y32[i], n, out) } else { view_mut(&mut y[i], n, count * out).columns(0, out) };
+        Ok(g.matmul_nt(0.5, view(&u[i], n, r).columns(0, RANK), view(&up[i], out, RANK), 1.0, c)?)
+    })?;
+    b.line(name("du = s·dy·B"), (count, 0), thin * 2, thin_flop, |g, i| {
+        let dy = view(&y[i], n, count * out).columns(0, out);
+        Ok(g.matmul_nn(0.5, dy, view(&up[i], out, RANK), 0.0, view_mut(&mut u[i], n, r).columns(0, RANK))?)
+    })?;
+    b.line(name("dB += dyᵀ·u"), (count, count), thin * 2 + out * RANK * 6, thin_flop, |g, i| {
+        let dy = view(&y[i], n, count * out).columns(0, out);
+        Ok(g.matmul_tn(0.5, dy, view(&u[i], n, r).columns(0, RANK), 1.0, view_mut(&mut grad_b[i], out, RANK))?)
+    })?;
+    b.line(name("dA += duᵀ·x"), (1, 0), wide * 2 + r * inner * 6, wide_flop, |g, i| {
+        Ok(g.matmul_tn(1.0, view(&u[i], n, r), view(&x[i], n, inner), 1.0, view_mut(&mut grad_a[i], r, inner))?)
+    })?;
+    b.line(name("dA += duᵀ·dropout(x)"), (0, 1), wide * 2 + r * inner * 6, wide_flop, |g, i| {
+        let da = view_mut(&mut grad_a[i], r, inner);
+        Ok(g.lora_gradient(view(&u[i], n, r), view(&x[i], n, inner), d, &mut scratch, da)?)
+    })?;
+    b.line(name("dx = du·A"), (1, 0), wide * 2, wide_flop, |g, i| {
+        Ok(g.matmul_nn(1.0, view(&u[i], n, r), view(&a[i], r, inner), 0.0, view_mut(&mut x[i], n, inner))?)
+    })?;
+    b.line(name("dx += dropout(du·A)"), (0, 1), (wide + n * inner) * 2, wide_flop, |g, i| {
+        Ok(g.lora_backward(view(&u[i], n, r), view(&a[i], r, inner), d, &mut scratch, view_mut(&mut x[i], n, inner))?)
+    })
+}
+
 fn summary(b: &Bench) {
-    let mut lines: Vec<(&Line, f64)> =
-        b.lines.iter().map(|l| (l, (l.calls.0 + l.calls.1) as f64 * l.us * LAYERS as f64 / 1e3)).filter(|l| l.1 > 0.0).collect();
-    lines.sort_by(|x, y| y.1.total_cmp(&x.1));
-    println!("\n{:<34} {:>6} {:>9} {:>9} {:>9}", "one step of 32 layers", "calls", "ms", "floor ms", "us each");
-    let (mut total, mut floor) = (0.0, 0.0);
-    for (l, ms) in lines {
-        let calls = (l.calls.0 + l.calls.1) * LAYERS;
-        let floor_ms = l.floor_us * calls as f64 / 1e3;
-        println!("{:<34} {calls:>6} {ms:>9.2} {floor_ms:>9.2} {:>9.1}   {}", l.name, l.us, l.rate);
-        total += ms;
-        floor += floor_ms;
+    for (title, calls) in [("the trait's operations", 0), ("with the fused ones", 1)] {
+        let calls = |l: &Line| LAYERS * if calls == 0 { l.calls.0 } else { l.calls.1 };
+        let mut lines: Vec<&Line> = b.lines.iter().filter(|l| calls(l) > 0).collect();
+        lines.sort_by(|x, y| (calls(y) as f64 * y.us).total_cmp(&(calls(x) as f64 * x.us)));
+        println!(
+            "\none step of 32 layers, {title}\n{:<38} {:>5} {:>8} {:>8} {:>8}",
+            "", "calls", "ms", "floor", "us each"
+        );
+        let (mut total, mut floor) = (0.0, 0.0);
+        for l in lines {
+            let (ms, floor_ms) = (calls(l) as f64 * l.us / 1e3, calls(l) as f64 * l.floor_us / 1e3);
+            println!("{:<38} {:>5} {ms:>8.2} {floor_ms:>8.2} {:>8.1}   {}", l.name, calls(l), l.us, l.rate);
+            total += ms;
+            floor += floor_ms;
+        }
+        println!("{:<38} {:>5} {total:>8.2} {floor:>8.2}", "sum", "");
+        let rate = EXAMPLES as f64 / total * 1e3;
+        println!("{EXAMPLES} examples of {} rows together: {rate:.0} examples/s without loss and optimizer", b.n);
     }
-    println!("{:<34} {:>6} {total:>9.2} {floor:>9.2}", "sum", "");
-    println!("{EXAMPLES} examples of {} rows: {:.0} examples/s (without loss and optimizer)", b.n, EXAMPLES as f64 / total * 1e3);
 }

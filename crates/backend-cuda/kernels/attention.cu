@@ -2,12 +2,12 @@
 // Macros: T dtype (f16 or bf16), HD head dimension (64 or 128).
 //
 // Keys are numbered through a segment's spans, so that no span costs a partial key tile of its own. Four warps, 16 query rows each;
-// key tiles of BK keys pass through shared memory, STAGES at a time.
+// key tiles of BK keys pass through shared memory; while one is used, the next STAGES - 1 are on their way.
 #include "attention.cuh"
 #include "tile.cuh"
 
 #if __CUDA_ARCH__ >= 800
-#define STAGES 2
+#define STAGES 3
 #else
 #define STAGES 1
 #endif
@@ -115,8 +115,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const u32 key_tiles = (keys + BK - 1) / BK;
 
     copy_rows<BQ>(q_base, q.p, q.stride, t.rows);
-    copy_keys(stage_base, k, stage_base + BK * ROW_BYTES, v, t, 0, keys);
-    copy_commit();
+    auto load = [&](u32 tile) {
+        const u32 base = stage_base + tile % STAGES * stage_bytes;
+        copy_keys(base, k, base + BK * ROW_BYTES, v, t, tile * BK, keys);
+    };
+    FIRST_STAGES(load, key_tiles);
 
     u32 qf[HD / 16][4];
     float acc[HD / 8][4] = {};
@@ -132,13 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     for (u32 tile = 0; tile < key_tiles; tile++) {
         const u32 base = stage_base + tile % STAGES * stage_bytes;
-        copy_wait<0>();
-        __syncthreads();
-        if (STAGES > 1 && tile + 1 < key_tiles) {
-            const u32 next = stage_base + (tile + 1) % STAGES * stage_bytes;
-            copy_keys(next, k, next + BK * ROW_BYTES, v, t, (tile + 1) * BK, keys);
-            copy_commit();
-        }
+        NEXT_STAGE(load, tile, key_tiles);
         if (tile == 0) {
 #pragma unroll
             for (int i = 0; i < HD / 16; i++) left_fragment<ROW_BYTES>(qf[i], q_base, warp * 16, i);
@@ -182,10 +179,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             as_left(p, s);
             multiply_nn(acc, p, base + BK * ROW_BYTES);
         }
-        if (STAGES == 1 && tile + 1 < key_tiles) {
-            __syncthreads();
-            copy_keys(stage_base, k, stage_base + BK * ROW_BYTES, v, t, (tile + 1) * BK, keys);
-        }
     }
     if (!active) return;
     float factor[2];
@@ -219,8 +212,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     copy_rows<BQ>(q_base, q.p, q.stride, t.rows);
     copy_rows<BQ>(do_base, d_o.p, d_o.stride, t.rows);
-    copy_keys(stage_base, k, stage_base + BK * ROW_BYTES, v, t, 0, keys);
-    copy_commit();
+    auto load = [&](u32 tile) {
+        const u32 base = stage_base + tile % STAGES * stage_bytes;
+        copy_keys(base, k, base + BK * ROW_BYTES, v, t, tile * BK, keys);
+    };
+    FIRST_STAGES(load, key_tiles);
 
     // D of row lane / 2 of the warp's rows, two lanes a row.
     float d_row = 0.0f;
@@ -254,13 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float acc[HD / 8][4] = {};
     for (u32 tile = 0; tile < key_tiles; tile++) {
         const u32 base = stage_base + tile % STAGES * stage_bytes;
-        copy_wait<0>();
-        __syncthreads();
-        if (STAGES > 1 && tile + 1 < key_tiles) {
-            const u32 next = stage_base + (tile + 1) % STAGES * stage_bytes;
-            copy_keys(next, k, next + BK * ROW_BYTES, v, t, (tile + 1) * BK, keys);
-            copy_commit();
-        }
+        NEXT_STAGE(load, tile, key_tiles);
         if (tile == 0) {
 #pragma unroll
             for (int i = 0; i < HD / 16; i++) left_fragment<ROW_BYTES>(qf[i], q_base, warp * 16, i), left_fragment<ROW_BYTES>(dof[i], do_base, warp * 16, i);
@@ -281,10 +271,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             u32 ds[BK / 16][4];
             as_left(ds, s);
             multiply_nn(acc, ds, base);
-        }
-        if (STAGES == 1 && tile + 1 < key_tiles) {
-            __syncthreads();
-            copy_keys(stage_base, k, stage_base + BK * ROW_BYTES, v, t, (tile + 1) * BK, keys);
         }
     }
     if (!active) return;
@@ -325,19 +311,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
     copy_rows<BQ>(k_base, k.p, k.stride, item.keys);
     copy_rows<BQ>(v_base, v.p, v.stride, item.keys);
-    copy_queries(0);
-    copy_commit();
+    FIRST_STAGES(copy_queries, steps);
 
     float dk_acc[HD / 8][4] = {}, dv_acc[HD / 8][4] = {};
     const float scale2 = scale * 1.44269504f;
     for (u32 step = 0; step < steps; step++) {
         const u32 base = stage_base + step % STAGES * stage_bytes;
-        copy_wait<0>();
-        __syncthreads();
-        if (STAGES > 1 && step + 1 < steps) {
-            copy_queries(step + 1);
-            copy_commit();
-        }
+        NEXT_STAGE(copy_queries, step, steps);
         const u32 row = item.q_begin + step % q_tiles * BK;
         // Own rows see keys up to their own: a warp whose first key lies behind the tile's last row has nothing to do.
         if (active && (!item.own || item.key + warp * 16 < row + BK)) {
@@ -381,10 +361,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             multiply_nn(dv_acc, p, base + BK * ROW_BYTES);
             as_left(p, dp);
             multiply_nn(dk_acc, p, base);
-        }
-        if (STAGES == 1 && step + 1 < steps) {
-            __syncthreads();
-            copy_queries(step + 1);
         }
     }
     if (!active) return;

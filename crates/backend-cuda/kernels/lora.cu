@@ -9,19 +9,25 @@
 #define STAGES 1
 #elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890
 #define STAGES 2
+#elif RP == 64
+#define STAGES 4
 #else
 #define STAGES 3
 #endif
 
 DYNAMIC_SHARED(shared);
 
-// Zeroes what the mask drops in the chunk at `address`: columns 8·group .. of `row`.
-DEVICE void mask_chunk(const Mask &mask, u32 address, u32 row, u32 group) {
-    Bits bits = draw(mask, row, group);
-    uint4 v = shared_load16(address);
-    v.x = keep(mask, bits.word[0], v.x), v.y = keep(mask, bits.word[1], v.y);
-    v.z = keep(mask, bits.word[2], v.z), v.w = keep(mask, bits.word[3], v.w);
-    shared_store16(address, v);
+// Zeroes what the mask drops in N chunks of shared memory. The bits are drawn before the chunks arrive.
+template <int N> DEVICE void mask_chunks(const Mask &mask, const Bits (&bits)[N], const u32 (&addresses)[N]) {
+    uint4 v[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) v[i] = shared_load16(addresses[i]);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        v[i].x = keep(mask, bits[i].word[0], v[i].x), v[i].y = keep(mask, bits[i].word[1], v[i].y);
+        v[i].z = keep(mask, bits[i].word[2], v[i].z), v[i].w = keep(mask, bits[i].word[3], v[i].w);
+        shared_store16(addresses[i], v[i]);
+    }
 }
 
 // --- u = (m∘x)·aᵀ --------------------------------------------------------------------------------------------------------
@@ -50,30 +56,24 @@ extern "C" __global__ void __launch_bounds__(128, 2)
             copy16(chunk_address<128>(at + 64 * 128, r, chunk), inside ? a + (i64)r * a_stride + column : a, inside);
         }
     };
-    for (u32 s = 0; s + 1 < STAGES; s++) {
-        if (s < steps) load(s);
-        copy_commit();
-    }
+    FIRST_STAGES(load, steps);
     float acc[RP / 8][4] = {};
     for (u32 step = 0; step < steps; step++) {
-        if constexpr (STAGES == 1) {
-            __syncthreads();
-            load(step);
-        } else {
-            copy_wait<STAGES - 2>();
-        }
         const u32 at = base + step % STAGES * stage_bytes;
-        // A thread masks the chunks that it copied itself: it sees them before the others do.
+        Bits bits[4];
         if (mask.threshold) {
 #pragma unroll
-            for (u32 i = 0; i < 4; i++)
-                mask_chunk(mask, chunk_address<128>(at, r0 + 16 * i, chunk), row0 + r0 + 16 * i, (first + step) * 8 + chunk);
+            for (u32 i = 0; i < 4; i++) bits[i] = draw(mask, row0 + r0 + 16 * i, (first + step) * 8 + chunk);
         }
-        __syncthreads();
-        if constexpr (STAGES > 1) {
-            if (step + STAGES - 1 < steps) load(step + STAGES - 1);
-            copy_commit();
+        AWAIT_STAGE(load, step)
+        // A thread masks the chunks that it copied itself: it sees them before the others do.
+        if (mask.threshold) {
+            u32 addresses[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) addresses[i] = chunk_address<128>(at, r0 + 16 * i, chunk);
+            mask_chunks(mask, bits, addresses);
         }
+        ENTER_STAGE(load, step, steps)
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             u32 left[4];
@@ -103,6 +103,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const u64 i = ((u64)blockIdx.x * 256 + threadIdx.x) * 8, total = (u64)n * rank;
     if (i >= total) return;
     float sum[8] = {};
+#pragma unroll 4
     for (u32 s = 0; s < splits; s++) {
         float v[8];
         load8(partials + s * total + i, v);
@@ -142,33 +143,22 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             copy16(chunk_address<RP * 2>(at + 64 * 128, r, c), inside ? du + (i64)(row0 + r) * du_stride + c * 8 : du, inside);
         }
     };
-    for (u32 s = 0; s + 1 < STAGES; s++) {
-        if (s < steps) load(s);
-        copy_commit();
-    }
+    FIRST_STAGES(load, steps);
     float acc[MT][4][4] = {};
     for (u32 step = 0; step < steps; step++) {
-        if constexpr (STAGES == 1) {
-            __syncthreads();
-            load(step);
-        } else {
-            copy_wait<STAGES - 2>();
-        }
-        const u32 at = base + step % STAGES * stage_bytes;
+        const u32 at = base + step % STAGES * stage_bytes, chunk = threadIdx.x % 8, r0 = threadIdx.x / 8;
+        Bits bits[2];
         if (mask.threshold) {
-            const u32 chunk = threadIdx.x % 8;
 #pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                const u32 r = threadIdx.x / 8 + 32 * i;
-                mask_chunk(mask, chunk_address<128>(at, r, chunk), (first + step) * 64 + r, column0 / 8 + chunk);
-            }
+            for (u32 i = 0; i < 2; i++) bits[i] = draw(mask, (first + step) * 64 + r0 + 32 * i, column0 / 8 + chunk);
         }
-        __syncthreads();
-        if constexpr (STAGES > 1) {
-            if (step + STAGES - 1 < steps) load(step + STAGES - 1);
-            copy_commit();
+        AWAIT_STAGE(load, step)
+        if (mask.threshold) {
+            u32 addresses[2] = {chunk_address<128>(at, r0, chunk), chunk_address<128>(at, r0 + 32, chunk)};
+            mask_chunks(mask, bits, addresses);
         }
-#pragma unroll 2
+        ENTER_STAGE(load, step, steps)
+#pragma unroll (RP == 192 ? 1 : 2)
         for (int k = 0; k < 4; k++) {
             u32 b[2][4];
 #pragma unroll
@@ -203,6 +193,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const u64 i = ((u64)blockIdx.x * 256 + threadIdx.x) * 4, total = (u64)rank * inner;
     if (i >= total) return;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
     for (u32 s = 0; s < splits; s++) {
         float4 v = *(const float4 *)(partials + s * total + i);
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
@@ -211,15 +202,7 @@ extern "C" __global__ void __launch_bounds__(256)
     *to = make_float4(d.x + scale * sum.x, d.y + scale * sum.y, d.z + scale * sum.z, d.w + scale * sum.w);
 }
 
-// --- c += scale · m∘(l·r) ------------------------------------------------------------------------------------------------
-
-DEVICE float2 load_pair(const float *p) { return *(const float2 *)p; }
-DEVICE void store_pair(float *p, float a, float b) { *(float2 *)p = make_float2(a, b); }
-DEVICE float2 load_pair(const T *p) {
-    u32 w = *(const u32 *)p;
-    return make_float2(low(w, T()), high(w, T()));
-}
-DEVICE void store_pair(T *p, float a, float b) { *(u32 *)p = pack(a, b, T()); }
+// --- dx += scale · m∘(du·a) ----------------------------------------------------------------------------------------------
 
 // Word q of lane c of a quad goes to word c of lane q.
 DEVICE void transpose_quad(u32 (&w)[4]) {
@@ -238,28 +221,38 @@ DEVICE void transpose_quad(u32 (&w)[4]) {
     }
 }
 
-// A 128 × 128 tile of c: l (n × k), r (k × cols, or with TRANSPOSED cols × k), k ≤ RP all in shared memory at once. Eight warps of
-// 32 × 64. Grid (column tiles, row tiles).
-template <bool TRANSPOSED, bool MASKED, typename C>
-DEVICE void apply(const T *l, i64 l_stride, const T *r, i64 r_stride, u32 n, u32 cols, u32 k, float scale, const Mask &mask, C *c, i64 c_stride) {
-    constexpr int R_ROW = TRANSPOSED ? RP * 2 : 256;
+// A 128 × 128 tile of dx: du (n × rank) and a (rank × cols), all of the rank in shared memory at once. Eight warps of 32 × 64.
+// Grid (column tiles, row tiles).
+extern "C" __global__ void __launch_bounds__(256, 2)
+    lora_apply(const T *du, i64 du_stride, const T *a, i64 a_stride, u32 n, u32 cols, u32 rank, float scale, Mask mask, T *dx, i64 dx_stride) {
     const u32 l_base = shared_address(shared), r_base = l_base + 128 * RP * 2;
     const u32 row0 = blockIdx.y * 128, column0 = blockIdx.x * 128;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, wm = warp % 4, wn = warp / 4;
 #pragma unroll
     for (u32 i = 0; i < RP / 16; i++) {
         const u32 id = threadIdx.x + i * 256, row = id / (RP / 8), chunk = id % (RP / 8);
-        const bool inside = row0 + row < n && chunk * 8 < k;
-        copy16(chunk_address<RP * 2>(l_base, row, chunk), inside ? l + (i64)(row0 + row) * l_stride + chunk * 8 : l, inside);
+        const bool inside = row0 + row < n && chunk * 8 < rank;
+        copy16(chunk_address<RP * 2>(l_base, row, chunk), inside ? du + (i64)(row0 + row) * du_stride + chunk * 8 : du, inside);
     }
 #pragma unroll
     for (u32 i = 0; i < RP / 16; i++) {
-        const u32 id = threadIdx.x + i * 256, row = id / (R_ROW / 16), chunk = id % (R_ROW / 16);
-        const bool inside = TRANSPOSED ? column0 + row < cols && chunk * 8 < k : row < k && column0 + chunk * 8 < cols;
-        const T *from = TRANSPOSED ? r + (i64)(column0 + row) * r_stride + chunk * 8 : r + (i64)row * r_stride + column0 + chunk * 8;
-        copy16(chunk_address<R_ROW>(r_base, row, chunk), inside ? from : r, inside);
+        const u32 id = threadIdx.x + i * 256, row = id / 16, chunk = id % 16;
+        const bool inside = row < rank && column0 + chunk * 8 < cols;
+        copy16(chunk_address<256>(r_base, row, chunk), inside ? a + (i64)row * a_stride + column0 + chunk * 8 : a, inside);
     }
     copy_commit();
+    // What is there already, on its way while the product is made: pair q of (i, j) is row + q / 2 · 8, column + q % 2 · 8.
+    const u32 row = row0 + wm * 32 + lane / 4, column = column0 + wn * 64 + lane % 4 * 2;
+    T *const corner = dx + (i64)row * dx_stride + column;
+    u32 old[2][4][4];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                if (row + i * 16 + q / 2 * 8 < n && column + j * 16 + q % 2 * 8 < cols)
+                    old[i][j][q] = *(const u32 *)(corner + (i64)(i * 16 + q / 2 * 8) * dx_stride + j * 16 + q % 2 * 8);
     copy_wait<0>();
     __syncthreads();
     float acc[2][8][4] = {};
@@ -272,8 +265,7 @@ DEVICE void apply(const T *l, i64 l_stride, const T *r, i64 r_stride, u32 n, u32
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 b[4];
-            if (TRANSPOSED) right_fragments_nt<R_ROW>(b, r_base, wn * 64 + j * 16, step);
-            else right_fragments_nn<R_ROW>(b, r_base, step * 16, wn * 4 + j);
+            right_fragments_nn<256>(b, r_base, step * 16, wn * 4 + j);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 mma(acc[i][2 * j], left[i], b[0], b[1], T());
@@ -285,46 +277,49 @@ DEVICE void apply(const T *l, i64 l_stride, const T *r, i64 r_stride, u32 n, u32
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const u32 row = row0 + wm * 32 + i * 16 + lane / 4, column = column0 + wn * 64 + j * 16 + lane % 4 * 2;
-            u32 bits[4];
-            if (MASKED) {
+            u32 bits[4] = {~0u, ~0u, ~0u, ~0u};
+            if (mask.threshold) {
                 // Two rows and two groups of eight columns make four draws for the four lanes that share them.
                 const u32 q = lane % 4;
-                Bits drawn = draw(mask, row + q / 2 * 8, (column0 + wn * 64 + j * 16) / 8 + q % 2);
+                Bits drawn = draw(mask, row + i * 16 + q / 2 * 8, (column0 + wn * 64 + j * 16) / 8 + q % 2);
 #pragma unroll
                 for (int w = 0; w < 4; w++) bits[w] = drawn.word[w];
                 transpose_quad(bits);
             }
 #pragma unroll
             for (int q = 0; q < 4; q++) {
-                const u32 at_row = row + q / 2 * 8, at = column + q % 2 * 8;
-                if (at_row >= n || at >= cols) continue;
-                float a = acc[i][2 * j + q % 2][q / 2 * 2] * scale, b = acc[i][2 * j + q % 2][q / 2 * 2 + 1] * scale;
-                if (MASKED) {
-                    if ((bits[q] & 0xffffu) < mask.threshold) a = 0.0f;
-                    if (bits[q] >> 16 < mask.threshold) b = 0.0f;
-                }
-                C *to = c + (i64)at_row * c_stride + at;
-                float2 old = load_pair(to);
-                store_pair(to, old.x + a, old.y + b);
+                const float *product = &acc[i][2 * j + q % 2][q / 2 * 2];
+                float x = (bits[q] & 0xffffu) >= mask.threshold ? product[0] * scale : 0.0f;
+                float y = bits[q] >> 16 >= mask.threshold ? product[1] * scale : 0.0f;
+                u32 sum = pack(low(old[i][j][q], T()) + x, high(old[i][j][q], T()) + y, T());
+                if (row + i * 16 + q / 2 * 8 < n && column + j * 16 + q % 2 * 8 < cols)
+                    *(u32 *)(corner + (i64)(i * 16 + q / 2 * 8) * dx_stride + j * 16 + q % 2 * 8) = sum;
             }
         }
 }
 
-// dx += scale · m∘(du·a)
-extern "C" __global__ void __launch_bounds__(256, 2)
-    lora_apply_masked(const T *l, i64 l_stride, const T *r, i64 r_stride, u32 n, u32 cols, u32 k, float scale, Mask mask, T *c, i64 c_stride) {
-    apply<false, true>(l, l_stride, r, r_stride, n, cols, k, scale, mask, c, c_stride);
-}
+// --- [W | s·B] -----------------------------------------------------------------------------------------------------------
 
-// c += scale · l·r and c += scale · l·rᵀ, for c of dtype T and f32.
-#define KERNELS(NAME, TRANSPOSED, C)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                                                       \
-        NAME(const T *l, i64 l_stride, const T *r, i64 r_stride, u32 n, u32 cols, u32 k, float scale, C *c, i64 c_stride) {    \
-        Mask none = {};                                                                                                        \
-        apply<TRANSPOSED, false>(l, l_stride, r, r_stride, n, cols, k, scale, none, c, c_stride);                              \
-    }
-KERNELS(add_nn, false, T)
-KERNELS(add_nn_f32, false, float)
-KERNELS(add_nt, true, T)
-KERNELS(add_nt_f32, true, float)
+// Up to four factors: b (rows × r) for rows first .. first + rows of the weight.
+struct Factors {
+    const T *b[4];
+    i64 stride[4];
+    u32 first[4], rows[4];
+};
+
+// The columns behind a frozen weight, `rows` rows from row `row0` of the weight on: factor j's scale·b in columns j·r .. (j + 1)·r of its
+// rows, zero elsewhere. Eight elements a thread; `chunks` = factors · r / 8.
+extern "C" __global__ void __launch_bounds__(256)
+    lora_room(Factors factors, u32 r, float scale, u32 row0, u32 rows, u32 chunks, T *out, i64 stride) {
+    const u32 id = blockIdx.x * 256 + threadIdx.x, local = id / chunks, column = id % chunks * 8, j = column / r;
+    if (local >= rows) return;
+    const u32 row = row0 + local;
+    float v[8] = {};
+#pragma unroll
+    for (int f = 0; f < 4; f++)
+        if (f == j && row >= factors.first[f] && row - factors.first[f] < factors.rows[f])
+            load8(factors.b[f] + (i64)(row - factors.first[f]) * factors.stride[f] + (column - j * r), v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] *= scale;
+    store8(out + (i64)local * stride + column, v);
+}

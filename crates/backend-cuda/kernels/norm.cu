@@ -1,4 +1,4 @@
-// RMSNorm and its backward (macros S: dtype of x, T: compute dtype). One block of 256 threads a row; the second pass over
+// RMSNorm and its backward (macros S: dtype of x, T: compute dtype); the backward can leave a copy of its result in T. One block of 256 threads a row; the second pass over
 // the row finds it in the first-level cache.
 #include "common.cuh"
 
@@ -26,10 +26,11 @@ DEVICE void rms_norm_(const S *x, i64 x_stride, const float *w, float epsilon, T
 
 template <int V>
 DEVICE void rms_norm_backward_(const T *dy, i64 dy_stride, const S *x, i64 x_stride, const float *w, const float *inv_rms, float *dx,
-                               i64 dx_stride, u32 cols) {
+                               i64 dx_stride, T *copy, i64 copy_stride, u32 cols) {
     __shared__ float scratch[33];
     i64 row = blockIdx.x;
     dy += row * dy_stride, x += row * x_stride, dx += row * dx_stride;
+    if (copy) copy += row * copy_stride;
     float sum = 0.0f;
     for (u32 c = threadIdx.x * V; c < cols; c += blockDim.x * V) {
         float g[V], v[V], scale[V];
@@ -48,6 +49,7 @@ DEVICE void rms_norm_backward_(const T *dy, i64 dy_stride, const S *x, i64 x_str
         Lane<V, float>::load(dx + c, d);
         for (int i = 0; i < V; i++) d[i] += inv * (g[i] * scale[i] - v[i] * factor);
         Lane<V, float>::store(dx + c, d);
+        if (copy) Lane<V, T>::store(copy + c, d);
     }
 }
 
@@ -58,8 +60,8 @@ DEVICE void rms_norm_backward_(const T *dy, i64 dy_stride, const S *x, i64 x_str
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                                         \
         rms_norm_backward_##V(const T *dy, i64 dy_stride, const S *x, i64 x_stride, const float *w, const float *inv_rms,     \
-                              float *dx, i64 dx_stride, u32 cols) {                                                           \
-        rms_norm_backward_<V>(dy, dy_stride, x, x_stride, w, inv_rms, dx, dx_stride, cols);                                   \
+                              float *dx, i64 dx_stride, T *copy, i64 copy_stride, u32 cols) {                                 \
+        rms_norm_backward_<V>(dy, dy_stride, x, x_stride, w, inv_rms, dx, dx_stride, copy, copy_stride, cols);                \
     }
 KERNELS(8)
 KERNELS(1)

@@ -118,7 +118,8 @@ fn items(layout: &AttentionLayout, prefix: usize, parts: usize, part_rows: usize
 fn visible(layout: &AttentionLayout, prefix: usize) -> Vec<u32> {
     let first = usize::from(prefix > 0);
     let own = (0..prefix).map(|i| i as u32 + 1);
-    own.chain(layout.segments()[first..].iter().flat_map(|s| std::iter::repeat_n(s.context[0].len as u32, s.len))).collect()
+    own.chain(layout.segments()[first..].iter().flat_map(|s| std::iter::repeat_n(s.context[0].len as u32, s.len)))
+        .collect()
 }
 
 struct Heads {
@@ -130,7 +131,10 @@ struct Heads {
 
 impl Heads {
     fn new(dim: usize, q_cols: usize, kv_cols: usize) -> Self {
-        assert!(dim > 0 && q_cols.is_multiple_of(dim) && kv_cols.is_multiple_of(dim), "heads of {dim} in {q_cols} and {kv_cols}");
+        assert!(
+            dim > 0 && q_cols.is_multiple_of(dim) && kv_cols.is_multiple_of(dim),
+            "heads of {dim} in {q_cols} and {kv_cols}"
+        );
         let (q, kv) = (q_cols / dim, kv_cols / dim);
         assert!(kv > 0 && q.is_multiple_of(kv), "{q} query heads share {kv} key heads");
         assert!(dim <= 256, "heads of {dim} are wider than the kernels' 256");
@@ -192,7 +196,10 @@ impl Core {
             Dtype::Bf16 => self.device.facts.sm >= 80,
             _ => false,
         };
-        dtype && matches!(heads.dim, 64 | 128) && views.iter().all(View::wide) && shared <= self.device.facts.shared_memory
+        dtype
+            && matches!(heads.dim, 64 | 128)
+            && views.iter().all(View::wide)
+            && shared <= self.device.facts.shared_memory
     }
 
     fn attention_launch(&self, heads: &Heads, matrices: bool, names: [&'static str; 2]) -> Result<Launch<'_>> {
@@ -204,7 +211,7 @@ impl Core {
 
     /// Bytes of `rows` shared rows and of the stages behind them.
     fn shared_bytes(&self, heads: &Heads, rows: usize, scalars: usize) -> u32 {
-        let stages = if self.device.facts.sm >= 80 { 2 } else { 1 };
+        let stages = if self.device.facts.sm >= 80 { 3 } else { 1 };
         (rows * heads.dim * 2 + stages * (2 * STEP * heads.dim * 2 + scalars * STEP * 4)) as u32
     }
 
@@ -216,7 +223,11 @@ impl Core {
         lse: &CudaBuffer,
     ) -> Result<()> {
         let heads = Heads::new(head_dim, q.cols, k.cols);
-        assert_eq!((q.rows, o.rows, o.cols, v.cols), (layout.q_rows(), q.rows, q.cols, k.cols), "attention: shapes do not fit");
+        assert_eq!(
+            (q.rows, o.rows, o.cols, v.cols),
+            (layout.q_rows(), q.rows, q.cols, k.cols),
+            "attention: shapes do not fit"
+        );
         assert!(k.rows >= layout.kv_rows() && v.rows >= layout.kv_rows(), "the layout reads {} keys", layout.kv_rows());
         assert!([q, k, v, o].iter().all(|x| x.dtype == self.compute), "attention computes in {}", self.compute.name());
         let lse = f32s(lse, q.rows * heads.q as usize, "lse");
@@ -277,63 +288,64 @@ impl Core {
         let slots = if matrices && backward.parts > 1 { backward.key_tiles() * backward.parts } else { 0 };
         let delta_bytes = (n * heads.q as usize * 4).next_multiple_of(256);
         let partial_bytes = slots as usize * kv_heads * 2 * TILE * head_dim * 4;
-        let scratch = self.allocator.block(delta_bytes + partial_bytes)?;
-        let (delta, partials) = (scratch.ptr(), scratch.ptr() + delta_bytes as u64);
+        self.partials.with(&self.allocator, delta_bytes + partial_bytes, |delta| {
+            let partials = delta + delta_bytes as u64;
 
-        let mut first = self
-            .attention_launch(&heads, matrices, ["attention_backward_q", "attention_any_backward_q"])?
-            .arg(words)
-            .arg(q)
-            .arg(k)
-            .arg(v)
-            .arg(o)
-            .arg(d_o)
-            .arg(dq)
-            .arg(lse)
-            .arg(delta)
-            .arg(heads.q)
-            .arg(heads.group);
-        let (items, count) = if matrices { backward.items } else { backward.whole_items };
-        let mut second = self
-            .attention_launch(&heads, matrices, ["attention_backward_kv", "attention_any_backward_kv"])?
-            .arg(at(items))
-            .arg(q)
-            .arg(k)
-            .arg(v)
-            .arg(d_o)
-            .arg(dk)
-            .arg(dv)
-            .arg(lse)
-            .arg(delta)
-            .arg(at(backward.visible))
-            .arg(heads.q)
-            .arg(heads.group);
-        if !matrices {
-            first = first.arg(head_dim as u32);
-            second = second.arg(head_dim as u32);
-        }
-        let first = first.arg(heads.scale);
-        let mut second = second.arg(heads.scale);
-        if matrices {
-            second = second.arg(partials);
-        }
-        // SAFETY: the layout's rows lie inside the views (asserted), and the views inside their buffers; the scratch block has a place for
-        // every row's D and every slot, and is freed in stream order.
-        unsafe {
-            first.go((on_device.tiles, heads.q, 1), THREADS, if matrices { shared_q } else { 0 })?;
-            second.go((count, heads.kv(), 1), THREADS, if matrices { shared_kv } else { 0 })?;
-            if slots > 0 {
-                let reduce = self
-                    .attention_launch(&heads, true, ["attention_reduce", ""])?
-                    .arg(partials)
-                    .arg(backward.parts)
-                    .arg(backward.prefix as u32)
-                    .arg(dk)
-                    .arg(dv);
-                reduce.go((backward.key_tiles(), heads.kv(), (2 * TILE * head_dim / 1024) as u32), 256, 0)?;
+            let mut first = self
+                .attention_launch(&heads, matrices, ["attention_backward_q", "attention_any_backward_q"])?
+                .arg(words)
+                .arg(q)
+                .arg(k)
+                .arg(v)
+                .arg(o)
+                .arg(d_o)
+                .arg(dq)
+                .arg(lse)
+                .arg(delta)
+                .arg(heads.q)
+                .arg(heads.group);
+            let (items, count) = if matrices { backward.items } else { backward.whole_items };
+            let mut second = self
+                .attention_launch(&heads, matrices, ["attention_backward_kv", "attention_any_backward_kv"])?
+                .arg(at(items))
+                .arg(q)
+                .arg(k)
+                .arg(v)
+                .arg(d_o)
+                .arg(dk)
+                .arg(dv)
+                .arg(lse)
+                .arg(delta)
+                .arg(at(backward.visible))
+                .arg(heads.q)
+                .arg(heads.group);
+            if !matrices {
+                first = first.arg(head_dim as u32);
+                second = second.arg(head_dim as u32);
             }
-        }
-        Ok(())
+            let first = first.arg(heads.scale);
+            let mut second = second.arg(heads.scale);
+            if matrices {
+                second = second.arg(partials);
+            }
+            // SAFETY: the layout's rows lie inside the views (asserted), and the views inside their buffers; the scratch block has a place for
+            // every row's D and every slot.
+            unsafe {
+                first.go((on_device.tiles, heads.q, 1), THREADS, if matrices { shared_q } else { 0 })?;
+                second.go((count, heads.kv(), 1), THREADS, if matrices { shared_kv } else { 0 })?;
+                if slots > 0 {
+                    let reduce = self
+                        .attention_launch(&heads, true, ["attention_reduce", ""])?
+                        .arg(partials)
+                        .arg(backward.parts)
+                        .arg(backward.prefix as u32)
+                        .arg(dk)
+                        .arg(dv);
+                    reduce.go((backward.key_tiles(), heads.kv(), (2 * TILE * head_dim / 1024) as u32), 256, 0)?;
+                }
+            }
+            Ok(())
+        })
     }
 }
 

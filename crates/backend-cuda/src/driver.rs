@@ -196,7 +196,7 @@ pub(crate) struct Function(pub(crate) sys::CUfunction);
 unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
-/// What may be passed to a kernel by value: at most 48 bytes, no padding that matters.
+/// What may be passed to a kernel by value: at most 96 bytes.
 pub(crate) trait Argument: Copy {}
 impl Argument for u32 {}
 impl Argument for u64 {}
@@ -205,22 +205,23 @@ impl Argument for f32 {}
 impl Argument for f64 {}
 
 const MAX_ARGUMENTS: usize = 18;
+type Slot = [u64; 12];
 
 /// One launch under construction: arguments are copied into slots, in the order of the kernel's parameters.
 pub(crate) struct Launch<'a> {
     device: &'a Device,
     function: Function,
-    slots: [[u64; 6]; MAX_ARGUMENTS],
+    slots: [Slot; MAX_ARGUMENTS],
     count: usize,
 }
 
 impl<'a> Launch<'a> {
     pub(crate) fn new(device: &'a Device, function: Function) -> Self {
-        Self { device, function, slots: [[0; 6]; MAX_ARGUMENTS], count: 0 }
+        Self { device, function, slots: [[0; 12]; MAX_ARGUMENTS], count: 0 }
     }
 
     pub(crate) fn arg<A: Argument>(mut self, value: A) -> Self {
-        assert!(size_of::<A>() <= size_of::<[u64; 6]>());
+        assert!(size_of::<A>() <= size_of::<Slot>());
         // SAFETY: the slot is large enough (asserted) and aligned to eight bytes, as much as any argument needs.
         unsafe { self.slots[self.count].as_mut_ptr().cast::<A>().write(value) };
         self.count += 1;
@@ -241,7 +242,14 @@ impl<'a> Launch<'a> {
         }
         // SAFETY: by the caller's contract.
         let launched = unsafe {
-            result::launch_kernel(self.function.0, grid, (block, 1, 1), shared, self.device.stream, &mut pointers[..self.count])
+            result::launch_kernel(
+                self.function.0,
+                grid,
+                (block, 1, 1),
+                shared,
+                self.device.stream,
+                &mut pointers[..self.count],
+            )
         };
         self.device.check(launched)
     }

@@ -30,17 +30,17 @@ struct Geometry {
     m: usize,
     n: usize,
     k: usize,
-    strides: [usize; 3],
-    /// Alignment of a, b, c in bytes, at most 256.
-    alignments: [u32; 3],
+    strides: [usize; 4],
+    /// Alignment of a, b, c and what is added, in bytes, at most 256.
+    alignments: [u32; 4],
     operand: Dtype,
     result: Dtype,
 }
 
 struct Plan {
     operation: sys::cublasLtMatmulDesc_t,
-    /// Of cuBLASLt's A, B and C, which are our b, a and c.
-    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    /// Of cuBLASLt's A, B, C and D, which are our b, a, what is added, and c.
+    layouts: [sys::cublasLtMatrixLayout_t; 4],
     algorithm: sys::cublasLtMatmulAlgo_t,
     workspace: usize,
 }
@@ -90,12 +90,28 @@ impl Gemm {
 
     /// `c ← alpha·op(a)·op(b) + beta·c`.
     pub(crate) fn multiply(&self, form: Form, alpha: f32, a: View, b: View, beta: f32, c: View) -> Result<()> {
+        assert!(beta == 0.0 || beta == 1.0, "beta is 0 or 1, not {beta}");
+        self.multiply_add(form, alpha, a, b, beta, c, c)
+    }
+
+    /// `d ← alpha·op(a)·op(b) + beta·c`; c and d may be the same.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn multiply_add(
+        &self,
+        form: Form,
+        alpha: f32,
+        a: View,
+        b: View,
+        beta: f32,
+        added: View,
+        c: View,
+    ) -> Result<()> {
         let (m, k) = if form == Form::Tn { (a.cols, a.rows) } else { (a.rows, a.cols) };
         let (n, k_b) = if form == Form::Nt { (b.rows, b.cols) } else { (b.cols, b.rows) };
         assert_eq!((m, n, k), (c.rows, c.cols, k_b), "operands do not fit: {form:?} of {a:?} and {b:?} into {c:?}");
         assert_eq!(a.dtype, b.dtype, "operands of a product have one dtype");
         assert!(c.dtype == a.dtype || c.dtype == Dtype::F32, "a product of {:?} gives it or float32", a.dtype);
-        assert!(beta == 0.0 || beta == 1.0, "beta is 0 or 1, not {beta}");
+        assert_eq!((added.rows, added.cols, added.dtype), (c.rows, c.cols, c.dtype), "what is added does not fit");
         if m == 0 || n == 0 {
             return Ok(());
         }
@@ -106,8 +122,8 @@ impl Gemm {
             m,
             n,
             k,
-            strides: [a, b, c].map(|v| if v.rows == 1 { v.cols } else { v.stride }),
-            alignments: [a, b, c].map(|v| 1 << v.ptr.trailing_zeros().min(8)),
+            strides: [a, b, c, added].map(|v| if v.rows == 1 { v.cols } else { v.stride }),
+            alignments: [a, b, c, added].map(|v| 1 << v.ptr.trailing_zeros().min(8)),
             operand: a.dtype,
             result: c.dtype,
         };
@@ -132,10 +148,10 @@ impl Gemm {
                 plan.layouts[0],
                 a.ptr as *const c_void,
                 plan.layouts[1],
-                c.ptr as *const c_void,
+                added.ptr as *const c_void,
                 plan.layouts[2],
                 c.ptr as *mut c_void,
-                plan.layouts[2],
+                plan.layouts[3],
                 &plan.algorithm,
                 state.workspace.ptr() as *mut c_void,
                 plan.workspace,
@@ -165,7 +181,7 @@ impl Gemm {
             Form::Tn => ((g.n, g.k), (g.m, g.k)),
         };
         let (op_b, op_a) = (transposed(g.form == Form::Nt), transposed(g.form == Form::Tn));
-        let [stride_a, stride_b, stride_c] = g.strides;
+        let [stride_a, stride_b, stride_c, stride_added] = g.strides;
         let layout = |d, shape: (usize, usize), stride: usize| {
             lt::create_matrix_layout(dtype(d), shape.0 as u64, shape.1 as u64, stride as i64)
         };
@@ -176,6 +192,7 @@ impl Gemm {
             layouts: [
                 layout(g.operand, b, stride_b)?,
                 layout(g.operand, a, stride_a)?,
+                layout(g.result, (g.n, g.m), stride_added)?,
                 layout(g.result, (g.n, g.m), stride_c)?,
             ],
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
@@ -193,16 +210,16 @@ impl Gemm {
                 lt::set_matmul_pref_attribute(preference, attribute, (&raw const value).cast(), size)
             };
             let scheme = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u64;
-            let [align_a, align_b, align_c] = g.alignments.map(u64::from);
+            let [align_a, align_b, align_c, align_added] = g.alignments.map(u64::from);
             let found = set(P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE as u64, 8)
                 .and_then(|()| set(P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, scheme, 4))
                 .and_then(|()| set(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, align_b, 4))
                 .and_then(|()| set(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, align_a, 4))
-                .and_then(|()| set(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, align_c, 4))
+                .and_then(|()| set(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, align_added, 4))
                 .and_then(|()| set(P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, align_c, 4))
                 .and_then(|()| {
-                    let [b, a, c] = plan.layouts;
-                    lt::get_matmul_algo_heuristic(self.handle, operation, b, a, c, c, preference)
+                    let [b, a, added, c] = plan.layouts;
+                    lt::get_matmul_algo_heuristic(self.handle, operation, b, a, added, c, preference)
                 });
             let _ = lt::destroy_matmul_pref(preference);
             let found = found?;

@@ -25,6 +25,7 @@ pub(crate) enum Family {
     AttentionAny,
     Dropout,
     Elementwise,
+    Lora,
     Loss,
     Nf4,
     Norm,
@@ -33,20 +34,23 @@ pub(crate) enum Family {
     Swiglu,
 }
 
-const HEADERS: [(&CStr, &str); 3] = [
+const HEADERS: [(&CStr, &str); 5] = [
     (c"ptx.cuh", include_str!("../kernels/ptx.cuh")),
+    (c"philox.cuh", include_str!("../kernels/philox.cuh")),
+    (c"tile.cuh", include_str!("../kernels/tile.cuh")),
     (c"common.cuh", include_str!("../kernels/common.cuh")),
     (c"attention.cuh", include_str!("../kernels/attention.cuh")),
 ];
 
 impl Family {
     #[cfg(test)]
-    pub(crate) const ALL: [Family; 11] = [
+    pub(crate) const ALL: [Family; 12] = [
         Family::Adamw,
         Family::Attention,
         Family::AttentionAny,
         Family::Dropout,
         Family::Elementwise,
+        Family::Lora,
         Family::Loss,
         Family::Nf4,
         Family::Norm,
@@ -62,6 +66,7 @@ impl Family {
             Family::AttentionAny => ("attention_any.cu", include_str!("../kernels/attention_any.cu")),
             Family::Dropout => ("dropout.cu", include_str!("../kernels/dropout.cu")),
             Family::Elementwise => ("elementwise.cu", include_str!("../kernels/elementwise.cu")),
+            Family::Lora => ("lora.cu", include_str!("../kernels/lora.cu")),
             Family::Loss => ("loss.cu", include_str!("../kernels/loss.cu")),
             Family::Nf4 => ("nf4.cu", include_str!("../kernels/nf4.cu")),
             Family::Norm => ("norm.cu", include_str!("../kernels/norm.cu")),
@@ -72,7 +77,8 @@ impl Family {
     }
 }
 
-/// A family with its macros: S (source dtype), D (destination dtype), T (compute dtype), HD (head dimension).
+/// A family with its macros: S (source dtype), D (destination dtype), T (compute dtype), HD (head dimension), RP (padded
+/// rank).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Variant {
     pub(crate) family: Family,
@@ -80,11 +86,12 @@ pub(crate) struct Variant {
     pub(crate) d: Option<Dtype>,
     pub(crate) t: Option<Dtype>,
     pub(crate) head_dim: Option<u32>,
+    pub(crate) rank: Option<u32>,
 }
 
 impl Variant {
     pub(crate) const fn plain(family: Family) -> Self {
-        Self { family, s: None, d: None, t: None, head_dim: None }
+        Self { family, s: None, d: None, t: None, head_dim: None, rank: None }
     }
 
     pub(crate) const fn of(family: Family, t: Dtype) -> Self {
@@ -105,10 +112,17 @@ impl Variant {
             };
             d.map(|d| format!("-D{name}={}", name_of(d)))
         };
-        [dtype("S", self.s), dtype("D", self.d), dtype("T", self.t), self.head_dim.map(|h| format!("-DHD={h}"))]
-            .into_iter()
-            .flatten()
-            .collect()
+        let number = |name: &str, n: Option<u32>| n.map(|n| format!("-D{name}={n}"));
+        [
+            dtype("S", self.s),
+            dtype("D", self.d),
+            dtype("T", self.t),
+            number("HD", self.head_dim),
+            number("RP", self.rank),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
     }
 }
 
@@ -197,7 +211,8 @@ pub(crate) fn compile(variant: Variant, target: Target, extra: &[&str]) -> Resul
         )
         .result()
         .map_err(fail)?;
-        let compiled = nvrtc::nvrtcCompileProgram(program.0, option_pointers.len() as i32, option_pointers.as_ptr()).result();
+        let compiled =
+            nvrtc::nvrtcCompileProgram(program.0, option_pointers.len() as i32, option_pointers.as_ptr()).result();
         let mut size = 0;
         nvrtc::nvrtcGetProgramLogSize(program.0, &mut size).result().map_err(fail)?;
         let mut log = vec![0u8; size];
@@ -310,7 +325,7 @@ impl Kernels {
         let raw = self.device.check(unsafe { result::module::get_function(module, symbol) })?;
         let most = self.device.facts.shared_memory as i32;
         let attribute = driver::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        if variant.family == Family::Attention && name != "attention_reduce" {
+        if matches!(variant.family, Family::Attention | Family::Lora) {
             // SAFETY: the function is valid.
             self.device.check(unsafe { result::function::set_function_attribute(raw, attribute, most) })?;
         }
@@ -365,6 +380,10 @@ mod tests {
                 .iter()
                 .flat_map(|&t| [64, 128].map(|h| Variant { head_dim: Some(h), ..of(t) }))
                 .collect(),
+            Family::Lora => [Dtype::F16, Dtype::Bf16]
+                .iter()
+                .flat_map(|&t| [64, 128, 192].map(|r| Variant { rank: Some(r), ..of(t) }))
+                .collect(),
             _ => FLOATS.map(of).to_vec(),
         }
     }
@@ -382,11 +401,12 @@ mod tests {
             for variant in variants(family) {
                 for sm in [75, 80, 86, 89, 90] {
                     // Only the bf16 matrix instructions are missing from sm_75.
-                    if sm < 80 && family == Family::Attention && variant.t == Some(Dtype::Bf16) {
+                    if sm < 80 && matches!(family, Family::Attention | Family::Lora) && variant.t == Some(Dtype::Bf16) {
                         continue;
                     }
                     let compiled = compile(variant, Target::Cubin(sm), &["--ptxas-options=-v"]).unwrap();
-                    let reports: Vec<&str> = compiled.log.lines().filter(|l| l.contains("bytes spill stores")).collect();
+                    let reports: Vec<&str> =
+                        compiled.log.lines().filter(|l| l.contains("bytes spill stores")).collect();
                     assert!(!reports.is_empty(), "no resource report for {variant:?}:\n{}", compiled.log);
                     for line in &reports {
                         assert!(

@@ -15,8 +15,10 @@ mod attention;
 mod driver;
 mod dynamic_map;
 mod gemm;
+mod graph;
 mod kernels;
 mod libraries;
+mod lora;
 mod memory;
 mod probe;
 mod rows;
@@ -37,9 +39,11 @@ use crate::attention::Layouts;
 use crate::driver::Device;
 use crate::gemm::{Form, Gemm};
 use crate::kernels::Kernels;
-use crate::memory::{Allocator, Block, Count, Staging, Transfers, View};
+use crate::lora::Factors;
+use crate::memory::{Allocator, Block, Count, Scratch, Staging, Transfers, View};
 use crate::rows::u32s;
 
+pub use graph::Graph;
 pub use kernels::cache_folder;
 pub use libraries::Library;
 pub use memory::CudaBuffer;
@@ -70,6 +74,9 @@ pub struct Options {
     /// Quantise the absmax values of NF4 too (`bnb_4bit_use_double_quant`).
     pub double_quant: bool,
     pub resident: Resident,
+    /// Rank of the adapters that will be trained or served: leaves room for their s·B behind the dequantised weights, `lora_r` columns for each
+    /// matrix of a stack, so that [`CudaBackend::linear_lora`] is one product. 0: none.
+    pub lora_r: usize,
     /// Where compiled kernels are kept; `None`: nowhere.
     pub kernel_cache: Option<PathBuf>,
 }
@@ -81,6 +88,7 @@ impl Default for Options {
             quantize: true,
             double_quant: false,
             resident: Resident::Auto,
+            lora_r: 0,
             kernel_cache: cache_folder(),
         }
     }
@@ -97,7 +105,10 @@ pub(crate) struct Core {
     layouts: Layouts,
     transfers: Transfers,
     load_staging: Mutex<Option<(Staging, usize)>>,
-    workspace: Mutex<Option<Block>>,
+    /// Dequantised weights.
+    workspace: Scratch,
+    /// Partial sums of kernels.
+    partials: Scratch,
     map: Mutex<Option<Arc<Block>>>,
     weight_bytes: AtomicU64,
     wide_budget: u64,
@@ -121,9 +132,12 @@ impl CudaBackend {
         let device = Device::open(ordinal)?;
         let compute = options.compute;
         match compute {
-            Dtype::U32 => return Err(device.error("uint32 is no dtype to compute in\n  hint: bfloat16, float16 or float32")),
+            Dtype::U32 => {
+                return Err(device.error("uint32 is no dtype to compute in\n  hint: bfloat16, float16 or float32"));
+            }
             Dtype::Bf16 if device.facts.sm < 80 => {
-                let what = format!("{} has no bfloat16 matrix instructions\n  hint: compute in float16", device.facts.name);
+                let what =
+                    format!("{} has no bfloat16 matrix instructions\n  hint: compute in float16", device.facts.name);
                 return Err(device.error(what));
             }
             _ => {}
@@ -138,7 +152,8 @@ impl CudaBackend {
                 layouts: Layouts::default(),
                 transfers: Transfers::new(&device),
                 load_staging: Mutex::default(),
-                workspace: Mutex::default(),
+                workspace: Scratch::default(),
+                partials: Scratch::default(),
                 map: Mutex::default(),
                 weight_bytes: AtomicU64::new(0),
                 wide_budget: (free as f64 * WIDE_SHARE) as u64,
@@ -162,6 +177,131 @@ impl CudaBackend {
         self.core.read_nf4(weight)
     }
 
+    /// Records what `work` queues, without running it. Kernels, layouts and products must have been used once before, with the same
+    /// shapes; uploads, downloads and waits cannot be recorded.
+    ///
+    /// # Errors
+    /// The work fails, or cannot be recorded.
+    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        Graph::capture(&self.core.device, work)
+    }
+
+    /// `u ← dropout(x)·aᵀ`: x T `[n, in]`, a T `[r, in]`, u T `[n, r]`. `scratch` (T, n·in elements) is used where no kernel does it in
+    /// one pass.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn lora_down(
+        &self,
+        x: Mat<'_, CudaBuffer>,
+        dropout: Option<Dropout>,
+        a: Mat<'_, CudaBuffer>,
+        scratch: &mut CudaBuffer,
+        u: MatMut<'_, CudaBuffer>,
+    ) -> Result<()> {
+        self.core.lora_down(of(x), dropout, of(a), whole(scratch), of_mut(&u))
+    }
+
+    /// `da ← da + duᵀ·dropout(x)`: du T `[n, r]`, x T `[n, in]`, da f32 `[r, in]`.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn lora_gradient(
+        &self,
+        du: Mat<'_, CudaBuffer>,
+        x: Mat<'_, CudaBuffer>,
+        dropout: Option<Dropout>,
+        scratch: &mut CudaBuffer,
+        da: MatMut<'_, CudaBuffer>,
+    ) -> Result<()> {
+        self.core.lora_gradient(of(du), of(x), dropout, whole(scratch), of_mut(&da))
+    }
+
+    /// `dx ← dx + dropout(du·a)`: du T `[n, r]`, a T `[r, in]`, dx T `[n, in]`.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn lora_backward(
+        &self,
+        du: Mat<'_, CudaBuffer>,
+        a: Mat<'_, CudaBuffer>,
+        dropout: Option<Dropout>,
+        scratch: &mut CudaBuffer,
+        dx: MatMut<'_, CudaBuffer>,
+    ) -> Result<()> {
+        self.core.lora_backward(of(du), of(a), dropout, whole(scratch), of_mut(&dx))
+    }
+
+    /// A frozen linear with its adapter: `y ← [y +] x·Wᵀ + scale·Σ u_j·B_jᵀ`, each factor into its own columns of y.
+    ///
+    /// x_u T `[n, in + factors·r]` holds x and, behind it, the u_j side by side; a factor is (first column of y, B_j T `[out_j, r]`).
+    /// One product if the weight has room for the factors ([`Options::lora_r`]) or is held as NF4.
+    ///
+    /// # Errors
+    /// The device fails.
+    #[allow(clippy::too_many_arguments)]
+    pub fn linear_lora(
+        &self,
+        x_u: Mat<'_, CudaBuffer>,
+        w: &CudaWeight,
+        factors: &[(usize, Mat<'_, CudaBuffer>)],
+        scale: f32,
+        accumulate: bool,
+        y: MatMut<'_, CudaBuffer>,
+    ) -> Result<()> {
+        let factors = Factors::new(factors.iter().map(|&(first, b)| (first, of(b))).collect(), scale);
+        let y = of_mut(&y);
+        self.core.linear_lora(of(x_u), w, &factors, if accumulate { 1.0 } else { 0.0 }, y, y)
+    }
+
+    /// Backward of [`linear_lora`](Self::linear_lora) for its input: `dx ← dy·W` in the first `in` columns of dx_du T
+    /// `[n, in + factors·r]`, `du_j ← scale·dy_j·B_j` behind it.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn linear_lora_backward(
+        &self,
+        dy: Mat<'_, CudaBuffer>,
+        w: &CudaWeight,
+        factors: &[(usize, Mat<'_, CudaBuffer>)],
+        scale: f32,
+        dx_du: MatMut<'_, CudaBuffer>,
+    ) -> Result<()> {
+        let factors = Factors::new(factors.iter().map(|&(first, b)| (first, of(b))).collect(), scale);
+        self.core.linear_lora_backward(of(dy), w, &factors, of_mut(&dx_du))
+    }
+
+    /// `y ← added + x·Wᵀ`: [`linear`](Backend::linear) into a new place, for a residual stream whose old value is kept.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn linear_add(
+        &self,
+        x: Mat<'_, CudaBuffer>,
+        w: &CudaWeight,
+        added: Mat<'_, CudaBuffer>,
+        y: MatMut<'_, CudaBuffer>,
+    ) -> Result<()> {
+        self.core.linear_add(of(x), w, 1.0, of(added), of_mut(&y))
+    }
+
+    /// [`rms_norm_backward`](Backend::rms_norm_backward) that also leaves the new dx in `copy`, rounded to T.
+    ///
+    /// # Errors
+    /// The device fails.
+    #[allow(clippy::too_many_arguments)]
+    pub fn rms_norm_backward_copy(
+        &self,
+        dy: Mat<'_, CudaBuffer>,
+        x: Mat<'_, CudaBuffer>,
+        w: &CudaBuffer,
+        inv_rms: &CudaBuffer,
+        dx: MatMut<'_, CudaBuffer>,
+        copy: MatMut<'_, CudaBuffer>,
+    ) -> Result<()> {
+        self.core.rms_norm_backward(of(dy), of(x), w, inv_rms, of_mut(&dx), Some(of_mut(&copy)))
+    }
+
     /// A stop watch on the device's stream.
     ///
     /// # Errors
@@ -169,6 +309,11 @@ impl CudaBackend {
     pub fn timer(&self) -> Result<Timer> {
         Timer::new(&self.core.device)
     }
+}
+
+/// A buffer as one row.
+fn whole(b: &CudaBuffer) -> View {
+    View::new(Mat::new(b, 1, b.len))
 }
 
 fn of(m: Mat<'_, CudaBuffer>) -> View {
@@ -338,22 +483,28 @@ impl Backend for CudaBackend {
         inv_rms: &CudaBuffer,
         dx: MatMut<'_, CudaBuffer>,
     ) -> Result<()> {
-        self.core.rms_norm_backward(of(dy), of(x), w, inv_rms, of_mut(&dx))
+        self.core.rms_norm_backward(of(dy), of(x), w, inv_rms, of_mut(&dx), None)
     }
 
     fn weight(&self, sources: &[&dyn WeightSource]) -> Result<CudaWeight> {
-        self.core.load(sources, self.core.options.quantize)
+        self.core.load(sources, self.core.options.quantize, self.core.options.lora_r * sources.len())
     }
 
     fn embedding(&self, source: &dyn WeightSource) -> Result<CudaWeight> {
-        self.core.load(&[source], false)
+        self.core.load(&[source], false, 0)
     }
 
     fn weight_shape(&self, w: &CudaWeight) -> (usize, usize) {
         (w.out, w.inner)
     }
 
-    fn linear(&self, x: Mat<'_, CudaBuffer>, w: &CudaWeight, accumulate: bool, y: MatMut<'_, CudaBuffer>) -> Result<()> {
+    fn linear(
+        &self,
+        x: Mat<'_, CudaBuffer>,
+        w: &CudaWeight,
+        accumulate: bool,
+        y: MatMut<'_, CudaBuffer>,
+    ) -> Result<()> {
         self.core.linear(of(x), w, accumulate, of_mut(&y))
     }
 

@@ -151,7 +151,13 @@ impl View {
         assert!(m.end() <= m.buffer.len, "view up to {} of {} elements", m.end(), m.buffer.len);
         assert!(m.stride >= m.cols || m.rows <= 1, "rows of {} columns are only {} apart", m.cols, m.stride);
         let dtype = m.buffer.dtype;
-        Self { ptr: m.buffer.ptr() + (m.offset * dtype.size()) as u64, dtype, rows: m.rows, cols: m.cols, stride: m.stride }
+        Self {
+            ptr: m.buffer.ptr() + (m.offset * dtype.size()) as u64,
+            dtype,
+            rows: m.rows,
+            cols: m.cols,
+            stride: m.stride,
+        }
     }
 
     pub(crate) fn of_mut(m: &MatMut<'_, CudaBuffer>) -> Self {
@@ -173,6 +179,28 @@ impl View {
     pub(crate) fn flat(self) -> Option<Self> {
         let len = self.rows * self.cols;
         (self.stride == self.cols || self.rows <= 1).then_some(Self { rows: 1, cols: len, stride: len, ..self })
+    }
+}
+
+/// Device memory that operations borrow for the time of their launches, one after the other: all of them queue on one stream.
+#[derive(Default)]
+pub(crate) struct Scratch(Mutex<Option<Block>>);
+
+impl Scratch {
+    /// Runs `queue` with the address of at least `bytes` bytes. Contents are unspecified.
+    pub(crate) fn with<R>(
+        &self,
+        allocator: &Allocator,
+        bytes: usize,
+        queue: impl FnOnce(u64) -> Result<R>,
+    ) -> Result<R> {
+        let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if guard.as_ref().is_none_or(|b| b.bytes() < bytes) {
+            // The old one goes first, so that the two never stand side by side.
+            *guard = None;
+            *guard = Some(allocator.block(bytes.next_multiple_of(1 << 20))?);
+        }
+        queue(guard.as_ref().map_or(0, Block::ptr))
     }
 }
 
@@ -271,7 +299,8 @@ impl Transfers {
                     let part = &mut slot.bytes_mut()[..SLOT.min(bytes - done)];
                     fill(done, part);
                     // SAFETY: the destination is the caller's buffer; the slot is not touched before its event has passed.
-                    self.device.check(unsafe { result::memcpy_htod_async(to + done as u64, part, self.device.stream) })?;
+                    self.device
+                        .check(unsafe { result::memcpy_htod_async(to + done as u64, part, self.device.stream) })?;
                     Ok(part.len())
                 })?;
             }
@@ -288,7 +317,8 @@ impl Transfers {
                 done += staging.with(|slot, _| {
                     let part = &mut slot.bytes_mut()[..SLOT.min(bytes - done)];
                     // SAFETY: the source is the caller's buffer; the stream is waited for before the slot is read.
-                    self.device.check(unsafe { result::memcpy_dtoh_async(part, from + done as u64, self.device.stream) })?;
+                    self.device
+                        .check(unsafe { result::memcpy_dtoh_async(part, from + done as u64, self.device.stream) })?;
                     self.device.synchronize()?;
                     take(done, part);
                     Ok(part.len())

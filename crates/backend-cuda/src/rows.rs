@@ -1,10 +1,11 @@
 //! Launches of the element-wise kernels, norms, RoPE, SwiGLU, loss and optimizer: the host picks the width and the grid.
 
-use cashtag_backend::{AdamW, Dropout, Dtype, Result, philox};
+use cashtag_backend::{AdamW, Dropout, Dtype, Result};
 
 use crate::Core;
 use crate::driver::Launch;
 use crate::kernels::{Family, Variant};
+use crate::lora::Mask;
 use crate::memory::{CudaBuffer, View};
 
 const THREADS: u32 = 256;
@@ -164,11 +165,7 @@ impl Core {
             .arg(out.stride as i64)
             .arg(x.cols as u32)
             .arg(walk.chunks)
-            .arg(dropout.seed as u32)
-            .arg((dropout.seed >> 32) as u32)
-            .arg(dropout.step)
-            .arg(dropout.site)
-            .arg(u32::from(philox::dropout_threshold(dropout.p)))
+            .arg(Mask::from(dropout))
             .arg(1.0 / (1.0 - dropout.p));
         // SAFETY: the views were checked against their buffers.
         unsafe { launch.go((walk.blocks, 1, 1), walk.threads, 0) }
@@ -200,6 +197,7 @@ impl Core {
         w: &CudaBuffer,
         inv_rms: &CudaBuffer,
         dx: View,
+        copy: Option<View>,
     ) -> Result<()> {
         Self::shapes(dy, x);
         Self::shapes(x, dx);
@@ -207,7 +205,11 @@ impl Core {
         self.floats(&[&x]);
         assert_eq!(dx.dtype, Dtype::F32, "dx is float32");
         let (w, inv_rms) = (f32s(w, x.cols, "w"), f32s(inv_rms, x.rows, "inv_rms"));
-        let wide = dy.wide() && x.wide() && dx.wide();
+        if let Some(c) = copy {
+            Self::shapes(dx, c);
+            self.computes(&[&c]);
+        }
+        let wide = dy.wide() && x.wide() && dx.wide() && copy.is_none_or(|c| c.wide());
         let launch = self
             .launch(Variant::from_to(Family::Norm, x.dtype, self.compute), width!(wide, "rms_norm_backward"))?
             .arg(dy.ptr)
@@ -218,6 +220,8 @@ impl Core {
             .arg(inv_rms)
             .arg(dx.ptr)
             .arg(dx.stride as i64)
+            .arg(copy.map_or(0, |c| c.ptr))
+            .arg(copy.map_or(0, |c| c.stride as i64))
             .arg(x.cols as u32);
         // SAFETY: views and buffers were checked.
         unsafe { launch.go((x.rows as u32, 1, 1), THREADS, 0) }
@@ -234,7 +238,11 @@ impl Core {
         inverse: bool,
     ) -> Result<()> {
         self.computes(&[&x]);
-        assert!(head_dim % 2 == 0 && head_dim > 0 && x.cols % head_dim == 0, "{} columns of heads of {head_dim}", x.cols);
+        assert!(
+            head_dim % 2 == 0 && head_dim > 0 && x.cols % head_dim == 0,
+            "{} columns of heads of {head_dim}",
+            x.cols
+        );
         let half = head_dim / 2;
         assert_eq!(cos.len, sin.len);
         let (cos_ptr, sin_ptr) = (f32s(cos, 0, "cos"), f32s(sin, 0, "sin"));
@@ -337,22 +345,24 @@ impl Core {
     pub(crate) fn sum_of_squares(&self, x: &CudaBuffer) -> Result<f64> {
         let ptr = f32s(x, 0, "x");
         let blocks = Self::sum_blocks(x.len);
-        let partials = self.allocator.block(blocks as usize * 8 + 8)?;
-        let result = partials.ptr() + u64::from(blocks) * 8;
-        self.queue_sum("sum_of_squares", ptr, x.len, partials.ptr(), 1.0, result, 0)?;
         let mut sum = f64::NAN;
-        self.transfers.download(result, 8, |_, bytes| {
-            if let Ok(b) = bytes.try_into() {
-                sum = f64::from_le_bytes(b);
-            }
+        self.partials.with(&self.allocator, blocks as usize * 8 + 8, |partials| {
+            let result = partials + u64::from(blocks) * 8;
+            self.queue_sum("sum_of_squares", ptr, x.len, partials, 1.0, result, 0)?;
+            self.transfers.download(result, 8, |_, bytes| {
+                if let Ok(b) = bytes.try_into() {
+                    sum = f64::from_le_bytes(b);
+                }
+            })
         })?;
         Ok(sum)
     }
 
     /// Writes the mean of `len` floats at `ptr` to the float at `mean`.
     pub(crate) fn queue_mean(&self, ptr: u64, len: usize, mean: u64) -> Result<()> {
-        let partials = self.allocator.block(Self::sum_blocks(len) as usize * 8)?;
-        self.queue_sum("sum", ptr, len, partials.ptr(), 1.0 / len as f64, 0, mean)
+        self.partials.with(&self.allocator, Self::sum_blocks(len) as usize * 8, |partials| {
+            self.queue_sum("sum", ptr, len, partials, 1.0 / len as f64, 0, mean)
+        })
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -369,8 +379,7 @@ impl Core {
         let blocks = Self::sum_blocks(len);
         let variant = Variant::plain(Family::Reduce);
         let first = self.launch(variant, kernel)?.arg(ptr).arg(len as u64).arg(partials);
-        let second =
-            self.launch(variant, "finish_sum")?.arg(partials).arg(blocks).arg(factor).arg(result).arg(rounded);
+        let second = self.launch(variant, "finish_sum")?.arg(partials).arg(blocks).arg(factor).arg(result).arg(rounded);
         // SAFETY: `partials` has a place for each block; the caller's pointers are to one number each.
         unsafe {
             first.go((blocks, 1, 1), 256, 0)?;

@@ -18,6 +18,7 @@ use crate::driver::{Argument, Launch};
 use crate::dynamic_map::DYNAMIC_MAP;
 use crate::gemm::Form;
 use crate::kernels::{Family, Variant};
+use crate::lora::Factors;
 use crate::memory::{Block, CudaBuffer, Staging, View};
 use crate::rows::{Walk, u32s};
 use crate::{Core, Resident};
@@ -37,11 +38,13 @@ const WORKSPACE: usize = 192 << 20;
 pub struct CudaWeight {
     pub(crate) out: usize,
     pub(crate) inner: usize,
+    /// Columns of room behind each row for LoRA's s·B; 0 if the values are not held.
+    room: usize,
     data: Data,
 }
 
 enum Data {
-    /// Row-major, of the compute dtype.
+    /// Row-major, of the compute dtype; rows are `inner + room` apart.
     Wide(CudaBuffer),
     Nf4(Nf4),
 }
@@ -72,18 +75,20 @@ impl Absmax {
     fn scales(&self) -> Scales {
         match self {
             Absmax::Single(absmax) => Scales { absmax: absmax.ptr(), codes: 0, map: 0, nested: 0, offset: 0 },
-            Absmax::Double { codes, nested, offsets, map } => Scales {
-                absmax: 0,
-                codes: codes.ptr(),
-                map: map.ptr(),
-                nested: nested.ptr(),
-                offset: offsets.ptr(),
-            },
+            Absmax::Double { codes, nested, offsets, map } => {
+                Scales { absmax: 0, codes: codes.ptr(), map: map.ptr(), nested: nested.ptr(), offset: offsets.ptr() }
+            }
         }
     }
 }
 
 impl CudaWeight {
+    /// The values and `room` of the columns behind them.
+    fn values(&self, buffer: &CudaBuffer, room: usize) -> View {
+        let stride = self.inner + self.room;
+        View { ptr: buffer.ptr(), dtype: buffer.dtype, rows: self.out, cols: self.inner + room, stride }
+    }
+
     /// Whether the weight is held as NF4 codes.
     pub fn is_nf4(&self) -> bool {
         matches!(self.data, Data::Nf4(_))
@@ -97,7 +102,9 @@ impl CudaWeight {
                 codes.bytes()
                     + match absmax {
                         Absmax::Single(b) => b.bytes(),
-                        Absmax::Double { codes, nested, offsets, .. } => codes.bytes() + nested.bytes() + offsets.bytes(),
+                        Absmax::Double { codes, nested, offsets, .. } => {
+                            codes.bytes() + nested.bytes() + offsets.bytes()
+                        }
                     }
             }
         }
@@ -110,7 +117,9 @@ fn wrong(source: &dyn WeightSource, what: String) -> Error {
 
 fn elements(source: &dyn WeightSource) -> Result<usize> {
     let (rows, cols) = (source.rows(), source.cols());
-    rows.checked_mul(cols).filter(|n| n.checked_mul(8).is_some()).ok_or_else(|| wrong(source, format!("{rows} × {cols} elements are too many")))
+    rows.checked_mul(cols)
+        .filter(|n| n.checked_mul(8).is_some())
+        .ok_or_else(|| wrong(source, format!("{rows} × {cols} elements are too many")))
 }
 
 /// The stored bytes and their dtype, if they are plain numbers.
@@ -129,11 +138,7 @@ fn plain_bytes(source: &dyn WeightSource) -> Result<Option<(&[u8], Dtype)>> {
 }
 
 /// Runs `read` over `out` in `parts` of `part` elements each, on a few threads.
-fn in_parallel<E: Send>(
-    out: &mut [E],
-    part: usize,
-    read: impl Fn(usize, &mut [E]) -> Result<()> + Sync,
-) -> Result<()> {
+fn in_parallel<E: Send>(out: &mut [E], part: usize, read: impl Fn(usize, &mut [E]) -> Result<()> + Sync) -> Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(READERS);
     let parts = out.len().div_ceil(part.max(1));
     let share = parts.div_ceil(threads).max(1) * part.max(1);
@@ -144,7 +149,12 @@ fn in_parallel<E: Send>(
         let workers: Vec<_> = out
             .chunks_mut(share)
             .enumerate()
-            .map(|(i, chunk)| scope.spawn({ let read = &read; move || read(i * share, chunk) }))
+            .map(|(i, chunk)| {
+                scope.spawn({
+                    let read = &read;
+                    move || read(i * share, chunk)
+                })
+            })
             .collect();
         let mut result = Ok(());
         for w in workers {
@@ -156,8 +166,9 @@ fn in_parallel<E: Send>(
 }
 
 impl Core {
-    /// Stacks `sources` along their rows. `quantize`: to NF4; sources that are NF4 already stay so either way.
-    pub(crate) fn load(&self, sources: &[&dyn WeightSource], quantize: bool) -> Result<CudaWeight> {
+    /// Stacks `sources` along their rows. `quantize`: to NF4; sources that are NF4 already stay so either way. `room`: columns behind
+    /// each row, if the values are held.
+    pub(crate) fn load(&self, sources: &[&dyn WeightSource], quantize: bool, room: usize) -> Result<CudaWeight> {
         let inner = sources.first().map_or(0, |s| s.cols());
         let mut counts = Vec::with_capacity(sources.len());
         for s in sources {
@@ -169,33 +180,40 @@ impl Core {
         let out: usize = sources.iter().map(|s| s.rows()).sum();
         let total: usize = counts.iter().sum();
         let stored_nf4 = |s: &&dyn WeightSource| matches!(s.raw(), Some(RawWeight::Nf4 { .. }));
-        let wide_bytes = total * self.compute.size();
+        let room = if inner.is_multiple_of(8) { room.next_multiple_of(8) } else { 0 };
+        let stride = inner + room;
+        let wide_bytes = out * stride * self.compute.size();
         // Sources that end inside a block cannot follow one another in one list of codes: keep their values instead.
         let whole_blocks = counts[..counts.len().saturating_sub(1)].iter().all(|n| n.is_multiple_of(BLOCK));
         let nf4_values = quantize || sources.iter().all(stored_nf4);
         let as_nf4 = nf4_values && whole_blocks && total > 0 && !self.keep_wide(wide_bytes);
-        let data = if as_nf4 {
-            Data::Nf4(self.quantized(sources, &counts, true)?)
+        let weight = if as_nf4 {
+            CudaWeight { out, inner, room: 0, data: Data::Nf4(self.quantized(sources, &counts, true)?) }
         } else {
-            let wide = self.allocator.buffer(self.compute, total)?;
+            let wide = self.allocator.buffer(self.compute, out * stride)?;
+            if room > 0 {
+                wide.block.fill_zero()?;
+            }
+            let rows_of = |first: usize, rows: usize| {
+                let ptr = wide.ptr() + (first * stride * self.compute.size()) as u64;
+                View { ptr, dtype: self.compute, rows, cols: inner, stride }
+            };
             let mut first = 0;
             for (s, &count) in sources.iter().zip(&counts) {
                 if quantize || stored_nf4(s) {
                     let nf4 = self.quantized(std::slice::from_ref(s), &[count], quantize)?;
-                    let to = View { ptr: wide.ptr() + (first * self.compute.size()) as u64, dtype: self.compute, rows: s.rows(), cols: inner, stride: inner };
-                    self.dequantize(&nf4, inner, 0, 0, to)?;
+                    self.dequantize(&nf4, inner, 0, 0, rows_of(first, s.rows()))?;
                 } else {
                     self.stream(*s, |start, len, dtype, chunk| {
-                        let row = |ptr, dtype| View { ptr, dtype, rows: 1, cols: len, stride: len };
-                        let to = wide.ptr() + ((first + start) * self.compute.size()) as u64;
-                        self.copy(row(chunk, dtype), row(to, self.compute))
+                        let rows = len / inner;
+                        let from = View { ptr: chunk, dtype, rows, cols: inner, stride: inner };
+                        self.copy(from, rows_of(first + start / inner, rows))
                     })?;
                 }
-                first += count;
+                first += s.rows();
             }
-            Data::Wide(wide)
+            CudaWeight { out, inner, room, data: Data::Wide(wide) }
         };
-        let weight = CudaWeight { out, inner, data };
         self.weight_bytes.fetch_add(weight.bytes() as u64, Ordering::Relaxed);
         Ok(weight)
     }
@@ -223,12 +241,17 @@ impl Core {
                 if (bytes.len(), values.len()) != expected {
                     let what = format!(
                         "{} bytes of codes and {} absmax values are stored, its shape needs {} and {}",
-                        bytes.len(), values.len(), expected.0, expected.1
+                        bytes.len(),
+                        values.len(),
+                        expected.0,
+                        expected.1
                     );
                     return Err(wrong(*s, what));
                 }
                 from_checkpoint = true;
-                self.transfers.upload(codes, bytes.len(), |start, part| part.copy_from_slice(&bytes[start..start + part.len()]))?;
+                self.transfers.upload(codes, bytes.len(), |start, part| {
+                    part.copy_from_slice(&bytes[start..start + part.len()])
+                })?;
                 self.transfers.upload(absmax, values.len() * 4, |start, part| {
                     for (b, v) in part.chunks_exact_mut(4).zip(&values[start / 4..]) {
                         b.copy_from_slice(&v.to_le_bytes());
@@ -236,7 +259,8 @@ impl Core {
                 })?;
             } else {
                 self.stream(*s, |start, len, dtype, chunk| {
-                    let kernel = self.kernels.get(Variant::from_to(Family::Nf4, dtype, self.compute), "nf4_quantize")?;
+                    let kernel =
+                        self.kernels.get(Variant::from_to(Family::Nf4, dtype, self.compute), "nf4_quantize")?;
                     let launch = Launch::new(&self.device, kernel)
                         .arg(chunk)
                         .arg(len as u64)
@@ -270,7 +294,8 @@ impl Core {
         for &n in blocks {
             let values = absmax.ptr() + first as u64 * 4;
             self.queue_mean(values, n, mean.ptr())?;
-            let kernel = self.kernels.get(Variant::from_to(Family::Nf4, Dtype::F32, self.compute), "nf4_double_quantize")?;
+            let kernel =
+                self.kernels.get(Variant::from_to(Family::Nf4, Dtype::F32, self.compute), "nf4_double_quantize")?;
             let launch = Launch::new(&self.device, kernel)
                 .arg(values)
                 .arg(n as u64)
@@ -301,7 +326,7 @@ impl Core {
     }
 
     /// Brings a source to the card in chunks; `use_chunk` gets (first element, elements, dtype, device address) and queues its work.
-    /// Chunks start on a multiple of [`BLOCK`].
+    /// Chunks are whole rows and start on a multiple of [`BLOCK`].
     fn stream(
         &self,
         source: &dyn WeightSource,
@@ -313,15 +338,10 @@ impl Core {
         }
         let plain = plain_bytes(source)?;
         let dtype = plain.map_or(Dtype::F32, |p| p.1);
-        let len = match plain {
-            Some(_) => CHUNK / dtype.size(),
-            // Whole rows; as many as make whole blocks.
-            None => {
-                let rows = CHUNK / 4 / cols;
-                let rows = if cols.is_multiple_of(BLOCK) { rows.max(1) } else { (rows / BLOCK).max(1) * BLOCK };
-                rows.min(source.rows()) * cols
-            }
-        };
+        // Whole rows; as many as make whole blocks.
+        let rows = CHUNK / dtype.size() / cols;
+        let rows = if cols.is_multiple_of(BLOCK) { rows.max(1) } else { (rows / BLOCK).max(1) * BLOCK };
+        let len = rows.min(source.rows()) * cols;
         let bytes = len.min(count) * dtype.size();
         let mut guard = self.load_staging.lock().unwrap_or_else(PoisonError::into_inner);
         let mut staging = match guard.take() {
@@ -352,7 +372,8 @@ impl Core {
                 self.device.bind()?;
                 // SAFETY: the chunk has `bytes` bytes; the slot is not touched before its event has passed, and the chunk is used
                 // again only behind this one's work in the stream.
-                self.device.check(unsafe { result::memcpy_htod_async(chunks[index].ptr(), from, self.device.stream) })?;
+                self.device
+                    .check(unsafe { result::memcpy_htod_async(chunks[index].ptr(), from, self.device.stream) })?;
                 use_chunk(start, n, dtype, chunks[index].ptr())
             })?;
         }
@@ -381,46 +402,68 @@ impl Core {
         unsafe { launch.go((walk.blocks, 1, 1), walk.threads, 0) }
     }
 
-    /// Calls `use_part` with dequantised parts of an NF4 weight: ranges of `total` (rows or columns, `other` values each), in order.
-    fn dequantized_parts(
+    /// Calls `use_part` with (first row, the dequantised rows from there on) of an NF4 weight. Rows are `inner + room` apart.
+    fn dequantized_rows(
         &self,
-        total: usize,
-        other: usize,
-        mut fill: impl FnMut(usize, usize, u64) -> Result<()>,
-        mut use_part: impl FnMut(usize, usize, u64) -> Result<()>,
+        w: &CudaWeight,
+        nf4: &Nf4,
+        room: usize,
+        mut use_part: impl FnMut(usize, View) -> Result<()>,
     ) -> Result<()> {
-        let bytes = total * other * self.compute.size();
-        let parts = bytes.div_ceil(WORKSPACE).max(1);
-        let size = total.div_ceil(parts).next_multiple_of(128).min(total);
-        let needed = size * other * self.compute.size();
-        let mut guard = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-        if guard.as_ref().is_none_or(|b| b.bytes() < needed) {
-            // The old one goes first, so that the two never stand side by side.
-            *guard = None;
-            *guard = Some(self.allocator.block(needed)?);
-        }
-        let workspace = guard.as_ref().map_or(0, Block::ptr);
-        for start in (0..total).step_by(size.max(1)) {
-            let n = size.min(total - start);
-            fill(start, n, workspace)?;
-            use_part(start, n, workspace)?;
-        }
-        Ok(())
+        let stride = w.inner + room;
+        let (rows, bytes) = self.part(w.out, stride);
+        self.workspace.with(&self.allocator, bytes, |ptr| {
+            for first in (0..w.out).step_by(rows) {
+                let rows = rows.min(w.out - first);
+                let part = View { ptr, dtype: self.compute, rows, cols: w.inner, stride };
+                self.dequantize(nf4, w.inner, first, 0, part)?;
+                use_part(first, part)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The same by columns: (first column, the dequantised columns from there on).
+    fn dequantized_columns(
+        &self,
+        w: &CudaWeight,
+        nf4: &Nf4,
+        mut use_part: impl FnMut(usize, View) -> Result<()>,
+    ) -> Result<()> {
+        let (cols, bytes) = self.part(w.inner, w.out);
+        self.workspace.with(&self.allocator, bytes, |ptr| {
+            for first in (0..w.inner).step_by(cols) {
+                let cols = cols.min(w.inner - first);
+                let part = View { ptr, dtype: self.compute, rows: w.out, cols, stride: cols };
+                self.dequantize(nf4, w.inner, 0, first, part)?;
+                use_part(first, part)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// How many of `total` lines of `other` elements fit in the workspace (all, or equal parts), and the bytes of so many.
+    fn part(&self, total: usize, other: usize) -> (usize, usize) {
+        let line = other * self.compute.size();
+        let parts = (total * line).div_ceil(WORKSPACE).max(1);
+        let size = total.div_ceil(parts).next_multiple_of(128).min(total).max(1);
+        (size, size * line)
     }
 
     pub(crate) fn linear(&self, x: View, w: &CudaWeight, accumulate: bool, y: View) -> Result<()> {
+        self.linear_add(x, w, if accumulate { 1.0 } else { 0.0 }, y, y)
+    }
+
+    /// `y ← beta·added + x·Wᵀ`.
+    pub(crate) fn linear_add(&self, x: View, w: &CudaWeight, beta: f32, added: View, y: View) -> Result<()> {
         assert_eq!((x.cols, y.rows, y.cols), (w.inner, x.rows, w.out), "linear: shapes do not fit");
-        let beta = if accumulate { 1.0 } else { 0.0 };
-        let inner = w.inner;
-        let part_view = |ptr, rows| View { ptr, dtype: self.compute, rows, cols: inner, stride: inner };
+        assert_eq!((added.rows, added.cols), (y.rows, y.cols), "linear: what is added does not fit");
         match &w.data {
-            Data::Wide(buffer) => self.gemm.multiply(Form::Nt, 1.0, x, part_view(buffer.ptr(), w.out), beta, y),
-            Data::Nf4(nf4) => self.dequantized_parts(
-                w.out,
-                inner,
-                |row, n, ptr| self.dequantize(nf4, inner, row, 0, part_view(ptr, n)),
-                |row, n, ptr| self.gemm.multiply(Form::Nt, 1.0, x, part_view(ptr, n), beta, y.columns(row, n)),
-            ),
+            Data::Wide(buffer) => self.gemm.multiply_add(Form::Nt, 1.0, x, w.values(buffer, 0), beta, added, y),
+            Data::Nf4(nf4) => self.dequantized_rows(w, nf4, 0, |row, part| {
+                let (added, y) = (added.columns(row, part.rows), y.columns(row, part.rows));
+                self.gemm.multiply_add(Form::Nt, 1.0, x, part, beta, added, y)
+            }),
         }
     }
 
@@ -428,19 +471,82 @@ impl Core {
         assert_eq!((dy.cols, dx.rows, dx.cols), (w.out, dy.rows, w.inner), "linear_backward: shapes do not fit");
         let beta = if accumulate { 1.0 } else { 0.0 };
         match &w.data {
-            Data::Wide(buffer) => {
-                let w = View { ptr: buffer.ptr(), dtype: self.compute, rows: w.out, cols: w.inner, stride: w.inner };
-                self.gemm.multiply(Form::Nn, 1.0, dy, w, beta, dx)
-            }
+            Data::Wide(buffer) => self.gemm.multiply(Form::Nn, 1.0, dy, w.values(buffer, 0), beta, dx),
             // By columns of W, so that each column of dx is summed in one product.
-            Data::Nf4(nf4) => {
-                let slab = |ptr, cols| View { ptr, dtype: self.compute, rows: w.out, cols, stride: cols };
-                self.dequantized_parts(
-                    w.inner,
-                    w.out,
-                    |column, n, ptr| self.dequantize(nf4, w.inner, 0, column, slab(ptr, n)),
-                    |column, n, ptr| self.gemm.multiply(Form::Nn, 1.0, dy, slab(ptr, n), beta, dx.columns(column, n)),
-                )
+            Data::Nf4(nf4) => self.dequantized_columns(w, nf4, |column, part| {
+                self.gemm.multiply(Form::Nn, 1.0, dy, part, beta, dx.columns(column, part.cols))
+            }),
+        }
+    }
+
+    /// `y ← beta·added + x·Wᵀ + s·Σ u_j·B_jᵀ` as one product, `[x | u]·[W | s·B]ᵀ`: the factors are copied behind the rows of W first, a
+    /// hundredth of the bytes that adding them to a finished y would move.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn linear_lora(
+        &self,
+        x_u: View,
+        w: &CudaWeight,
+        factors: &Factors,
+        beta: f32,
+        added: View,
+        y: View,
+    ) -> Result<()> {
+        let rank = factors.rank();
+        assert_eq!((x_u.cols, y.rows, y.cols), (w.inner + rank, x_u.rows, w.out), "linear_lora: shapes do not fit");
+        assert_eq!((added.rows, added.cols), (y.rows, y.cols), "linear_lora: what is added does not fit");
+        match &w.data {
+            Data::Wide(buffer) if rank <= w.room && factors.fit() => self.workspace.with(&self.allocator, 0, |_| {
+                let values = w.values(buffer, rank);
+                self.fill_room(factors, 0, values.columns(w.inner, rank))?;
+                self.gemm.multiply_add(Form::Nt, 1.0, x_u, values, beta, added, y)
+            }),
+            Data::Nf4(nf4) if w.inner.is_multiple_of(8) && factors.fit() => {
+                self.dequantized_rows(w, nf4, rank, |row, part| {
+                    let part = View { cols: part.stride, ..part };
+                    self.fill_room(factors, row, part.columns(w.inner, rank))?;
+                    let (added, y) = (added.columns(row, part.rows), y.columns(row, part.rows));
+                    self.gemm.multiply_add(Form::Nt, 1.0, x_u, part, beta, added, y)
+                })
+            }
+            _ => {
+                self.linear_add(x_u.columns(0, w.inner), w, beta, added, y)?;
+                for (j, &(first, b)) in factors.list.iter().enumerate() {
+                    let u = x_u.columns(w.inner + j * factors.r, factors.r);
+                    self.gemm.multiply(Form::Nt, factors.scale, u, b, 1.0, y.columns(first, b.rows))?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// `dx ← dy·W` and `du_j ← s·dy_j·B_j` side by side as one product, `[dx | du] = dy·[W | s·B]`.
+    pub(crate) fn linear_lora_backward(&self, dy: View, w: &CudaWeight, factors: &Factors, dx_du: View) -> Result<()> {
+        let rank = factors.rank();
+        let shape = (w.out, dy.rows, w.inner + rank);
+        assert_eq!((dy.cols, dx_du.rows, dx_du.cols), shape, "linear_lora_backward: shapes do not fit");
+        match &w.data {
+            Data::Wide(buffer) if rank <= w.room && factors.fit() => self.workspace.with(&self.allocator, 0, |_| {
+                let values = w.values(buffer, rank);
+                self.fill_room(factors, 0, values.columns(w.inner, rank))?;
+                self.gemm.multiply(Form::Nn, 1.0, dy, values, 0.0, dx_du)
+            }),
+            // The sum runs over the rows of W, so all of them must stand in the workspace together.
+            Data::Nf4(nf4)
+                if w.inner.is_multiple_of(8) && factors.fit() && self.part(w.out, w.inner + rank).0 == w.out =>
+            {
+                self.dequantized_rows(w, nf4, rank, |row, part| {
+                    let part = View { cols: part.stride, ..part };
+                    self.fill_room(factors, row, part.columns(w.inner, rank))?;
+                    self.gemm.multiply(Form::Nn, 1.0, dy, part, 0.0, dx_du)
+                })
+            }
+            _ => {
+                self.linear_backward(dy, w, false, dx_du.columns(0, w.inner))?;
+                for (j, &(first, b)) in factors.list.iter().enumerate() {
+                    let du = dx_du.columns(w.inner + j * factors.r, factors.r);
+                    self.gemm.multiply(Form::Nn, factors.scale, dy.columns(first, b.rows), b, 0.0, du)?;
+                }
+                Ok(())
             }
         }
     }
@@ -449,10 +555,7 @@ impl Core {
         assert_eq!((out.cols, out.dtype), (table.inner, Dtype::F32), "embed writes float32 rows of the table");
         let ids = u32s(ids, out.rows, "ids");
         match &table.data {
-            Data::Wide(buffer) => {
-                let rows = View { ptr: buffer.ptr(), dtype: self.compute, rows: table.out, cols: table.inner, stride: table.inner };
-                self.gather(rows, ids, out)
-            }
+            Data::Wide(buffer) => self.gather(table.values(buffer, 0), ids, out),
             Data::Nf4(nf4) => {
                 let walk = Walk::new(out.rows, out.cols, 1, false);
                 let kernel = self.kernels.get(Variant::from_to(Family::Nf4, Dtype::F32, self.compute), "nf4_embed")?;
@@ -479,15 +582,15 @@ impl Core {
             self.transfers.download(block.ptr(), len, |at, part| bytes[at..at + part.len()].copy_from_slice(part))?;
             Ok(bytes)
         };
-        let floats = |bytes: Vec<u8>| -> Vec<f32> {
-            bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
-        };
+        let floats =
+            |bytes: Vec<u8>| -> Vec<f32> { bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect() };
         let count = w.out * w.inner;
         let blocks = count.div_ceil(BLOCK);
         let absmax = match &nf4.absmax {
             Absmax::Single(b) => floats(read(b, blocks * 4)?),
             Absmax::Double { codes, nested, offsets, .. } => {
-                let (nested, offsets) = (floats(read(nested, nested.bytes())?), floats(read(offsets, offsets.bytes())?));
+                let (nested, offsets) =
+                    (floats(read(nested, nested.bytes())?), floats(read(offsets, offsets.bytes())?));
                 let value = |(i, &code): (usize, &u8)| {
                     DYNAMIC_MAP[code as usize] * nested[i / NESTED_BLOCK] + offsets[i / NESTED_BLOCK]
                 };

@@ -43,13 +43,9 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(|e| e.is::<Interrupted>()) {
         return ExitCode::from(signal_code());
     }
-    progress_free(&render(error));
+    crate::progress::print_line(&render(error));
     let usage = error.chain().any(|e| e.is::<Usage>() || e.is::<SettingsError>() || e.is::<clap::Error>());
     ExitCode::from(if usage { 2 } else { 1 })
-}
-
-fn progress_free(text: &str) {
-    crate::progress::print_line(text);
 }
 
 /// `error: …`, its causes, and the hints of all of them at the end. A line of a message that begins with `hint:` is a hint.
@@ -145,7 +141,9 @@ pub(crate) fn install_panic_hook() {
     static SAID: AtomicBool = AtomicBool::new(false);
     let with_backtrace = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        let message = info.payload_as_str().unwrap_or("no message");
+        let payload = info.payload();
+        let message = payload.downcast_ref::<&str>().copied();
+        let message = message.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
         if message.starts_with("failed printing to std") {
             // Someone else's `println!` met a closed pipe.
             std::process::exit(if message.contains("Broken pipe") { 0 } else { 1 });
@@ -159,7 +157,7 @@ pub(crate) fn install_panic_hook() {
         }
         let at = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
         let version = env!("CARGO_PKG_VERSION");
-        progress_free(&format!(
+        crate::progress::print_line(&format!(
             "{} a bug in cashtag {version}: {}{at}\n{} please report this line together with the command that you ran",
             paint(Paint::Error, "error:"),
             output::printable(message).replace('\n', " "),
@@ -184,6 +182,32 @@ mod tests {
             "error: run failed\n  caused by: cannot read a.toml: no such file\nhint: look twice"
         );
         assert_eq!(render(&anyhow!("bad name \x1b[2J")), "error: bad name \u{fffd}[2J");
+    }
+
+    #[test]
+    #[ignore = "panics: the test below runs it in a process of its own"]
+    fn a_bug() {
+        install_panic_hook();
+        // A second thread that panics because of the first says nothing more.
+        let _ = std::thread::spawn(|| panic!("index 3\nof 2")).join();
+        panic!("poisoned");
+    }
+
+    #[test]
+    fn a_panic_is_one_line_and_a_request() {
+        let this = std::env::current_exe().unwrap();
+        let mut command = std::process::Command::new(this);
+        command.args(["--ignored", "--exact", "exit::tests::a_bug", "--nocapture"]).env_remove("RUST_BACKTRACE");
+        let said = String::from_utf8(command.output().unwrap().stderr).unwrap();
+        let mut lines = said.lines();
+        let first = lines.next().unwrap();
+        assert!(
+            first.starts_with("error: a bug in cashtag ")
+                && first.contains(": index 3 of 2 (")
+                && first.contains("exit.rs:")
+        );
+        assert_eq!(lines.next(), Some("hint: please report this line together with the command that you ran"));
+        assert!(!said.contains("poisoned"), "{said}");
     }
 
     #[test]

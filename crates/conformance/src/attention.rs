@@ -52,7 +52,12 @@ fn branches<A: Backend, B: Backend>(h: &mut Harness<'_, A, B>) -> AttentionLayou
             (q, kv) = (q + len, kv + len);
         }
     }
-    segments.push(Segment { q_start: q, len: 1, kv_start: kv, context: [prefix, Span { start: prefix.start + prefix.len, len: kv - prefix.start - prefix.len }] });
+    segments.push(Segment {
+        q_start: q,
+        len: 1,
+        kv_start: kv,
+        context: [prefix, Span { start: prefix.start + prefix.len, len: kv - prefix.start - prefix.len }],
+    });
     AttentionLayout::new(segments, kv + 1 + h.random.up_to(4)).expect("a sound layout")
 }
 
@@ -95,7 +100,8 @@ fn backward<A: Backend, B: Backend>(
     let parts = |p: &Pair<A, B>| {
         let (a, b) = (p.in_a(), p.in_b());
         (
-            [a.columns(0, q_cols), a.columns(q_cols, kv_cols), a.columns(q_cols + kv_cols, kv_cols)].map(|m| (m.offset, m.cols)),
+            [a.columns(0, q_cols), a.columns(q_cols, kv_cols), a.columns(q_cols + kv_cols, kv_cols)]
+                .map(|m| (m.offset, m.cols)),
             b.stride,
         )
     };

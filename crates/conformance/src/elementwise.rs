@@ -41,7 +41,8 @@ pub(crate) fn run<A: Backend, B: Backend>(h: &mut Harness<'_, A, B>) -> Result<(
         }
         let allowed = h.tolerance.rounding;
         let p = h.random.pick(&[0.0, 0.05, 0.1, 0.5]);
-        let dropout = Dropout { p, seed: h.random.next(), step: h.random.up_to(1000) as u32, site: h.random.up_to(127) as u32 };
+        let dropout =
+            Dropout { p, seed: h.random.next(), step: h.random.up_to(1000) as u32, site: h.random.up_to(127) as u32 };
         let x = h.input(Kind::T, rows, cols, lie, 1.0)?;
         let mut out = h.output(Kind::T, rows, cols, lie)?;
         h.a.dropout(x.in_a(), dropout, false, out.out_a())?;

@@ -181,7 +181,14 @@ impl<'a, A: Backend, B: Backend> Harness<'a, A, B> {
     }
 
     /// A matrix of the given values with NaN around it.
-    pub(crate) fn matrix(&mut self, kind: Kind, rows: usize, cols: usize, lie: Lie, values: &[f32]) -> Result<Pair<A, B>> {
+    pub(crate) fn matrix(
+        &mut self,
+        kind: Kind,
+        rows: usize,
+        cols: usize,
+        lie: Lie,
+        values: &[f32],
+    ) -> Result<Pair<A, B>> {
         let (offset, stride) = self.place(lie, cols);
         let len = offset + rows * stride + self.random.up_to(20);
         self.placed(kind, rows, cols, values, (offset, stride, len))

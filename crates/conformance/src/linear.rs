@@ -10,8 +10,22 @@ use cashtag_backend::{Backend, RawWeight, Result, WeightSource};
 use crate::harness::{Harness, Kind, Lie};
 
 const LEVELS: [f32; 16] = [
-    -1.0, -0.696_192_8, -0.525_073_05, -0.394_917_5, -0.284_441_38, -0.184_773_43, -0.091_050_036, 0.0, 0.079_580_3,
-    0.160_930_2, 0.246_112_3, 0.337_915_24, 0.440_709_83, 0.562_617, 0.722_956_84, 1.0,
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
 ];
 
 /// What a source offers beside rows of f32.
@@ -64,7 +78,8 @@ fn source<A: Backend, B: Backend>(h: &mut Harness<'_, A, B>, rows: usize, cols: 
     }
     // Powers of two times eighths: exact in every dtype.
     let absmax: Vec<f32> = (0..n.div_ceil(64)).map(|_| h.random.between(8, 15) as f32 / 128.0).collect();
-    let values: Vec<f32> = codes.iter().enumerate().map(|(i, &c)| h.round(LEVELS[c as usize] * absmax[i / 64])).collect();
+    let values: Vec<f32> =
+        codes.iter().enumerate().map(|(i, &c)| h.round(LEVELS[c as usize] * absmax[i / 64])).collect();
     Source {
         rows,
         cols,
@@ -82,7 +97,8 @@ pub(crate) fn run<A: Backend, B: Backend>(h: &mut Harness<'_, A, B>) -> Result<(
         for kind in [Kind::T, Kind::F32] {
             // The contract of T = f32 has one kind only.
             let (m, n, k) = (h.random.between(1, 150), h.random.between(1, 200), h.random.between(1, 300));
-            let (m, n, k) = if h.random.up_to(2) == 0 { (m, n, k) } else { (m, n.next_multiple_of(8), k.next_multiple_of(16)) };
+            let (m, n, k) =
+                if h.random.up_to(2) == 0 { (m, n, k) } else { (m, n.next_multiple_of(8), k.next_multiple_of(16)) };
             for accumulate in [false, true] {
                 let beta = if accumulate { 1.0 } else { 0.0 };
                 let what = format!("k {k}, {kind:?}, beta {beta}, {lie:?}");

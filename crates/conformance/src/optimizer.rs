@@ -4,7 +4,6 @@ use cashtag_backend::{AdamW, Backend, Result};
 
 use crate::harness::Harness;
 
-
 pub(crate) fn run<A: Backend, B: Backend>(h: &mut Harness<'_, A, B>) -> Result<()> {
     let len = h.random.pick(&[1, 7, 64, 1000, 36_864, 300_001]);
     let values: Vec<f32> = (0..len).map(|_| h.random.normal() * 0.02).collect();

@@ -65,3 +65,274 @@ mod cuda_nf4 {
         cuda(Family::Linear, Dtype::Bf16, true, Resident::Bf16);
     }
 }
+
+/// Operations of the CUDA backend beside the trait, against the compositions that they stand for.
+mod cuda_fused {
+    use cashtag_backend::{Dropout, Mat, MatMut};
+    use cashtag_backend_cuda::CudaBuffer;
+
+    use super::*;
+
+    fn filled(gpu: &CudaBackend, dtype: Dtype, len: usize, seed: u32) -> CudaBuffer {
+        let values: Vec<f32> =
+            (0..len as u32).map(|i| ((i ^ seed).wrapping_mul(0x9E37_79B9) >> 16) as f32 / 32768.0 - 1.0).collect();
+        let mut b = gpu.zeros(dtype, len).unwrap();
+        gpu.upload(&values, &mut b, 0).unwrap();
+        b
+    }
+
+    fn read(gpu: &CudaBackend, b: &CudaBuffer) -> Vec<f32> {
+        let mut out = vec![0.0; gpu.len(b)];
+        gpu.download(b, 0, &mut out).unwrap();
+        out
+    }
+
+    fn error(a: &[f32], b: &[f32]) -> f64 {
+        let e: f64 = a.iter().zip(b).map(|(x, y)| f64::from(x - y).powi(2)).sum();
+        let n: f64 = b.iter().map(|x| f64::from(*x).powi(2)).sum();
+        (e / n).sqrt()
+    }
+
+    fn backend(compute: Dtype) -> Option<CudaBackend> {
+        let found = probe();
+        if !found.usable() || (compute == Dtype::Bf16 && !found.gpus[0].bf16) {
+            println!("skipped: no CUDA device for {} ({})", compute.name(), found.missing().unwrap_or_default());
+            return None;
+        }
+        Some(CudaBackend::new(0, Options { compute, quantize: false, ..Options::default() }).unwrap())
+    }
+
+    #[test]
+    fn lora_with_dropout_on_the_way() {
+        for compute in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+            let Some(gpu) = backend(compute) else { return };
+            let t = compute;
+            let allowed = Tolerance::of(compute).product;
+            for (n, inner, rank) in [(1, 64, 8), (150, 576, 24), (333, 1536, 128), (1740, 4096, 192), (300, 100, 12)] {
+                for p in [0.0, 0.1] {
+                    let d = (p > 0.0).then_some(Dropout { p, seed: 99, step: 3, site: 5 });
+                    let (x, a, du) =
+                        (filled(&gpu, t, n * inner, 1), filled(&gpu, t, rank * inner, 2), filled(&gpu, t, n * rank, 3));
+                    let mut scratch = gpu.zeros(t, n * inner).unwrap();
+                    let mut x_hat = gpu.zeros(t, n * inner).unwrap();
+                    match d {
+                        Some(d) => {
+                            gpu.dropout(Mat::new(&x, n, inner), d, false, MatMut::new(&mut x_hat, n, inner)).unwrap()
+                        }
+                        None => gpu.copy(Mat::new(&x, n, inner), MatMut::new(&mut x_hat, n, inner)).unwrap(),
+                    }
+                    let what = format!("{} {n} × {inner}, rank {rank}, p {p}", t.name());
+                    let check = |name: &str, got: &CudaBuffer, expected: &CudaBuffer, allowed: f64| {
+                        let e = error(&read(&gpu, got), &read(&gpu, expected));
+                        assert!(e <= allowed, "{name}, {what}: {e:.2e}");
+                    };
+
+                    let (mut u, mut expected) = (gpu.zeros(t, n * rank).unwrap(), gpu.zeros(t, n * rank).unwrap());
+                    gpu.matmul_nt(
+                        1.0,
+                        Mat::new(&x_hat, n, inner),
+                        Mat::new(&a, rank, inner),
+                        0.0,
+                        MatMut::new(&mut expected, n, rank),
+                    )
+                    .unwrap();
+                    gpu.lora_down(
+                        Mat::new(&x, n, inner),
+                        d,
+                        Mat::new(&a, rank, inner),
+                        &mut scratch,
+                        MatMut::new(&mut u, n, rank),
+                    )
+                    .unwrap();
+                    check("lora_down", &u, &expected, allowed);
+
+                    let (mut da, mut expected) =
+                        (filled(&gpu, Dtype::F32, rank * inner, 4), filled(&gpu, Dtype::F32, rank * inner, 4));
+                    gpu.matmul_tn(
+                        1.0,
+                        Mat::new(&du, n, rank),
+                        Mat::new(&x_hat, n, inner),
+                        1.0,
+                        MatMut::new(&mut expected, rank, inner),
+                    )
+                    .unwrap();
+                    gpu.lora_gradient(
+                        Mat::new(&du, n, rank),
+                        Mat::new(&x, n, inner),
+                        d,
+                        &mut scratch,
+                        MatMut::new(&mut da, rank, inner),
+                    )
+                    .unwrap();
+                    check("lora_gradient", &da, &expected, allowed);
+
+                    let (mut dx, mut expected) = (filled(&gpu, t, n * inner, 5), filled(&gpu, t, n * inner, 5));
+                    gpu.matmul_nn(
+                        1.0,
+                        Mat::new(&du, n, rank),
+                        Mat::new(&a, rank, inner),
+                        0.0,
+                        MatMut::new(&mut x_hat, n, inner),
+                    )
+                    .unwrap();
+                    match d {
+                        Some(d) => gpu
+                            .dropout(Mat::new(&x_hat, n, inner), d, true, MatMut::new(&mut expected, n, inner))
+                            .unwrap(),
+                        None => gpu.add(Mat::new(&x_hat, n, inner), MatMut::new(&mut expected, n, inner)).unwrap(),
+                    }
+                    gpu.lora_backward(
+                        Mat::new(&du, n, rank),
+                        Mat::new(&a, rank, inner),
+                        d,
+                        &mut scratch,
+                        MatMut::new(&mut dx, n, inner),
+                    )
+                    .unwrap();
+                    check("lora_backward", &dx, &expected, allowed);
+                }
+            }
+        }
+    }
+
+    /// A stack of three matrices on NF4's grid (absmax 1/4, at least one ±1 in a block).
+    struct Grid {
+        rows: usize,
+        cols: usize,
+        codes: Vec<u8>,
+        absmax: Vec<f32>,
+    }
+    impl cashtag_backend::WeightSource for Grid {
+        fn name(&self) -> &str {
+            "grid"
+        }
+        fn rows(&self) -> usize {
+            self.rows
+        }
+        fn cols(&self) -> usize {
+            self.cols
+        }
+        fn read_rows(&self, _: std::ops::Range<usize>, out: &mut [f32]) -> cashtag_backend::Result<()> {
+            out.fill(f32::NAN);
+            Ok(())
+        }
+        fn raw(&self) -> Option<cashtag_backend::RawWeight<'_>> {
+            Some(cashtag_backend::RawWeight::Nf4 { codes: &self.codes, absmax: &self.absmax })
+        }
+    }
+
+    #[test]
+    fn linear_with_its_adapter_is_the_sum_of_both() {
+        for (compute, resident, lora_r) in [
+            (Dtype::Bf16, Resident::Bf16, 16),
+            (Dtype::Bf16, Resident::Bf16, 0),
+            (Dtype::Bf16, Resident::Nf4, 0),
+            (Dtype::F16, Resident::Bf16, 64),
+            (Dtype::F32, Resident::Bf16, 16),
+        ] {
+            if backend(compute).is_none() {
+                return;
+            }
+            let gpu = CudaBackend::new(0, Options { compute, resident, lora_r, ..Options::default() }).unwrap();
+            let t = compute;
+            let (n, inner, r, outs) = (70, 192, 16, [64, 40, 128]);
+            let grids: Vec<Grid> = outs
+                .iter()
+                .map(|&rows| {
+                    let codes =
+                        (0..rows * inner / 2).map(|i| ((i as u32).wrapping_mul(0x9E37_79B9) >> 20) as u8).collect();
+                    Grid { rows, cols: inner, codes, absmax: vec![0.25; rows * inner / 64] }
+                })
+                .collect();
+            let stack: Vec<&dyn cashtag_backend::WeightSource> =
+                grids.iter().map(|g| g as &dyn cashtag_backend::WeightSource).collect();
+            let w = gpu.weight(&stack).unwrap();
+            let out: usize = outs.iter().sum();
+            // Two of the three matrices have factors.
+            let (b0, b1) = (filled(&gpu, t, 64 * r, 2), filled(&gpu, t, 128 * r, 3));
+            let factors = [(0, Mat::new(&b0, 64, r)), (104, Mat::new(&b1, 128, r))];
+            let x_u = filled(&gpu, t, n * (inner + 2 * r), 4);
+            let view = || Mat::new(&x_u, n, inner + 2 * r);
+            let what = format!("{} {resident:?} room {lora_r}", t.name());
+            for kind in [t, Dtype::F32] {
+                for accumulate in [false, true] {
+                    let (mut y, mut expected) = (filled(&gpu, kind, n * out, 5), filled(&gpu, kind, n * out, 5));
+                    gpu.linear_lora(view(), &w, &factors, 0.25, accumulate, MatMut::new(&mut y, n, out)).unwrap();
+                    gpu.linear(view().columns(0, inner), &w, accumulate, MatMut::new(&mut expected, n, out)).unwrap();
+                    for (j, (first, b)) in factors.iter().enumerate() {
+                        let c = MatMut::new(&mut expected, n, out).columns(*first, b.rows);
+                        gpu.matmul_nt(0.25, view().columns(inner + j * r, r), *b, 1.0, c).unwrap();
+                    }
+                    let e = error(&read(&gpu, &y), &read(&gpu, &expected));
+                    assert!(e <= Tolerance::of(compute).product, "linear_lora, {what}: {e:.2e}");
+                }
+            }
+            let dy = filled(&gpu, t, n * out, 6);
+            let (mut d, mut expected) =
+                (filled(&gpu, t, n * (inner + 2 * r), 7), filled(&gpu, t, n * (inner + 2 * r), 7));
+            gpu.linear_lora_backward(Mat::new(&dy, n, out), &w, &factors, 0.25, MatMut::new(&mut d, n, inner + 2 * r))
+                .unwrap();
+            let mut whole = MatMut::new(&mut expected, n, inner + 2 * r);
+            gpu.linear_backward(Mat::new(&dy, n, out), &w, false, whole.reborrow().columns(0, inner)).unwrap();
+            for (j, (first, b)) in factors.iter().enumerate() {
+                let dy = Mat::new(&dy, n, out).columns(*first, b.rows);
+                gpu.matmul_nn(0.25, dy, *b, 0.0, whole.reborrow().columns(inner + j * r, r)).unwrap();
+            }
+            let e = error(&read(&gpu, &d), &read(&gpu, &expected));
+            assert!(e <= Tolerance::of(compute).product, "linear_lora_backward, {what}: {e:.2e}");
+        }
+    }
+
+    #[test]
+    fn sums_into_new_places_and_copies() {
+        let Some(gpu) = backend(Dtype::Bf16) else { return };
+        let (n, d) = (130, 512);
+        let t = Dtype::Bf16;
+        let (dy, x, w, inv) = (
+            filled(&gpu, t, n * d, 1),
+            filled(&gpu, Dtype::F32, n * d, 2),
+            filled(&gpu, Dtype::F32, d, 3),
+            filled(&gpu, Dtype::F32, n, 4),
+        );
+        let (mut a, mut b) = (filled(&gpu, Dtype::F32, n * d, 5), filled(&gpu, Dtype::F32, n * d, 5));
+        let mut copy = gpu.zeros(t, n * d).unwrap();
+        gpu.rms_norm_backward(Mat::new(&dy, n, d), Mat::new(&x, n, d), &w, &inv, MatMut::new(&mut a, n, d)).unwrap();
+        gpu.rms_norm_backward_copy(
+            Mat::new(&dy, n, d),
+            Mat::new(&x, n, d),
+            &w,
+            &inv,
+            MatMut::new(&mut b, n, d),
+            MatMut::new(&mut copy, n, d),
+        )
+        .unwrap();
+        assert_eq!(read(&gpu, &a), read(&gpu, &b));
+        let mut rounded = gpu.zeros(t, n * d).unwrap();
+        gpu.copy(Mat::new(&a, n, d), MatMut::new(&mut rounded, n, d)).unwrap();
+        assert_eq!(read(&gpu, &rounded), read(&gpu, &copy));
+
+        struct Ones;
+        impl cashtag_backend::WeightSource for Ones {
+            fn name(&self) -> &str {
+                "ones"
+            }
+            fn rows(&self) -> usize {
+                512
+            }
+            fn cols(&self) -> usize {
+                512
+            }
+            fn read_rows(&self, _: std::ops::Range<usize>, out: &mut [f32]) -> cashtag_backend::Result<()> {
+                out.fill(1.0);
+                Ok(())
+            }
+        }
+        let weight = gpu.weight(&[&Ones]).unwrap();
+        let mut y = gpu.zeros(Dtype::F32, n * d).unwrap();
+        gpu.linear_add(Mat::new(&dy, n, d), &weight, Mat::new(&x, n, d), MatMut::new(&mut y, n, d)).unwrap();
+        let mut expected = gpu.zeros(Dtype::F32, n * d).unwrap();
+        gpu.copy(Mat::new(&x, n, d), MatMut::new(&mut expected, n, d)).unwrap();
+        gpu.linear(Mat::new(&dy, n, d), &weight, true, MatMut::new(&mut expected, n, d)).unwrap();
+        assert_eq!(read(&gpu, &y), read(&gpu, &expected));
+    }
+}

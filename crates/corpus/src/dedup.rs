@@ -7,7 +7,7 @@
 //! has a similarity of [`DedupOptions::related`] or more, or carries the same `pair`, ends up in one group.
 //!
 //! Which texts belong together does not depend on the order of the rows. Up to [`EXACT_SEARCH`] rows every pair is
-//! looked at (through an inverted index); beyond that candidates come from MinHash bands, and 170 bytes are kept a row.
+//! looked at (through an inverted index); beyond that candidates come from MinHash bands, and 145 bytes are kept a row.
 
 use std::collections::HashMap;
 

@@ -62,7 +62,8 @@ pub struct Journal {
     path: PathBuf,
     file: File,
     length: u64,
-    broken: bool,
+    /// Why an entry could not be written: nothing is written after it.
+    broken: Option<(std::io::ErrorKind, String)>,
 }
 
 impl Journal {
@@ -89,7 +90,7 @@ impl Journal {
         let (entries, length) = read_entries(path, &mut file)?;
         file.set_len(length).map_err(Error::io("write the journal", path))?;
         file.seek(SeekFrom::Start(length)).map_err(Error::io("write the journal", path))?;
-        let mut journal = Self { path: path.into(), file, length, broken: false };
+        let mut journal = Self { path: path.into(), file, length, broken: None };
         if entries.is_empty() {
             journal.append(&Entry::Run { version: VERSION, settings: settings.clone() })?;
             sync_folder(path);
@@ -109,9 +110,8 @@ impl Journal {
     ///
     /// If it cannot be written or synced. What was written of it is taken back, and the journal takes no more entries.
     pub fn append(&mut self, entry: &Entry) -> Result<()> {
-        if self.broken {
-            let source = std::io::Error::other("an earlier entry could not be written");
-            return Err(Error::io("write the journal", &self.path)(source));
+        if let Some((kind, message)) = &self.broken {
+            return Err(Error::io("write the journal", &self.path)(std::io::Error::new(*kind, message.clone())));
         }
         let mut line = serde_json::to_vec(entry)
             .map_err(|error| Error::io("write the journal", &self.path)(std::io::Error::from(error)))?;
@@ -122,7 +122,7 @@ impl Journal {
                 Ok(())
             }
             Err(source) => {
-                self.broken = true;
+                self.broken = Some((source.kind(), source.to_string()));
                 let _ = self.file.set_len(self.length);
                 Err(Error::io("write the journal", &self.path)(source))
             }

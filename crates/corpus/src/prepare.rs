@@ -1,7 +1,7 @@
 //! From files and journals to data sets: read, clean, deduplicate, split, write, and say what was dropped and why.
 //!
-//! Rows go through a temporary file; in memory stay about 170 bytes a row (signatures, offsets, fates), so a million rows
-//! of any length take some 200 MB. What is written:
+//! Rows go through a temporary file; in memory stay about 200 bytes a row (signatures, offsets, fates), so a million rows
+//! of any length take some 250 MB. What is written:
 //!
 //! ```text
 //! dataset.csv               all rows that were kept, with their split

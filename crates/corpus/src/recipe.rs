@@ -83,7 +83,7 @@ impl Quotas {
                 .filter(|weight: &f64| weight.is_finite() && *weight >= 0.0)
                 .ok_or_else(|| format!("quota {entry:?}: expected name=weight with a weight of 0 or more"))?;
             let same = |known: &&str| known.eq_ignore_ascii_case(name.trim());
-            if let Some(index) = LABELS.iter().position(|known| same(known)) {
+            if let Some(index) = LABELS.iter().position(&same) {
                 labels.get_or_insert([0.0; 3])[index] = weight;
             } else if let Some(kind) = QUOTA_KINDS.iter().copied().find(|known| same(known)) {
                 kinds.push((kind, weight));

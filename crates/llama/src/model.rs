@@ -89,6 +89,8 @@ pub struct Workspace<B: Backend> {
     h: B::Buffer,
     x_hat: B::Buffer,
     backward: Option<BackwardBuffers<B>>,
+    /// Kept between batches.
+    head: Option<HeadBuffers<B>>,
 }
 
 struct BackwardBuffers<B: Backend> {
@@ -302,6 +304,7 @@ impl<B: Backend> Llama<B> {
             h: alloc(f)?,
             x_hat: alloc(if lora.is_some() { wide } else { 0 })?,
             backward,
+            head: None,
         })
     }
 
@@ -426,15 +429,16 @@ impl<B: Backend> Llama<B> {
     pub fn head(
         &self,
         backend: &B,
-        ws: &Workspace<B>,
+        ws: &mut Workspace<B>,
         rows: &[u32],
         mut use_logits: impl FnMut(usize, Mat<'_, B::Buffer>) -> Result<()>,
     ) -> Result<()> {
-        let mut head = HeadBuffers::new(backend, &self.config, rows.len(), false)?;
+        let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, rows.len(), false)?;
         for (i, block) in rows.chunks(head.rows).enumerate() {
             self.head_block(backend, ws, block, &mut head)?;
             use_logits(i * head.rows, Mat::new(&head.logits, block.len(), self.config.vocab_size))?;
         }
+        ws.head = Some(head);
         Ok(())
     }
 
@@ -463,8 +467,10 @@ impl<B: Backend> Llama<B> {
             let pass = LayerPass { layer, layout: &batch.layout, lora, random: None };
             self.forward_layer(backend, &pass, None, ws)?;
         }
-        let mut head = HeadBuffers::new(backend, &self.config, batch.label_rows.len(), false)?;
-        self.label_loss(backend, batch, label_smoothing, None, &mut head, ws)
+        let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, batch.label_rows.len(), false)?;
+        let loss = self.label_loss(backend, batch, label_smoothing, None, &mut head, ws)?;
+        ws.head = Some(head);
+        Ok(loss)
     }
 
     /// Forward and backward of a packed batch: adds the gradient of the weighted sum of label-row losses (times the loss
@@ -492,8 +498,9 @@ impl<B: Backend> Llama<B> {
             }
             self.forward_layer(backend, &LayerPass { layer, layout, lora: Some(lora), random }, None, ws)?;
         }
-        let mut head = HeadBuffers::new(backend, &self.config, batch.label_rows.len(), true)?;
+        let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, batch.label_rows.len(), true)?;
         let loss = self.label_loss(backend, batch, pass.label_smoothing, Some(pass.loss_scale), &mut head, ws)?;
+        ws.head = Some(head);
         for layer in (0..self.layers.len()).rev() {
             let forward = LayerPass { layer, layout, lora: Some(&*lora), random };
             if block {
@@ -685,8 +692,21 @@ struct HeadGradient<B: Backend> {
 }
 
 impl<B: Backend> HeadBuffers<B> {
+    /// The buffers of the batch before, if they are large enough.
+    fn reuse(old: Option<Self>, backend: &B, c: &LlamaConfig, wanted: usize, gradient: bool) -> Result<Self> {
+        match old {
+            Some(old) if old.rows >= Self::block(c, wanted) && old.gradient.is_some() >= gradient => Ok(old),
+            _ => Self::new(backend, c, wanted, gradient),
+        }
+    }
+
+    /// Rows of a block when there are `wanted` in all.
+    fn block(c: &LlamaConfig, wanted: usize) -> usize {
+        (LOGITS_BLOCK / c.vocab_size).clamp(1, wanted.max(1))
+    }
+
     fn new(backend: &B, c: &LlamaConfig, wanted: usize, gradient: bool) -> Result<Self> {
-        let rows = (LOGITS_BLOCK / c.vocab_size).clamp(1, wanted.max(1));
+        let rows = Self::block(c, wanted);
         let (d, t) = (c.hidden_size, backend.compute_dtype());
         Ok(Self {
             rows,

@@ -155,7 +155,7 @@ impl<B: Backend> Scorer<B> {
         wanted.sort_by_key(|w| w.row);
         let mut rows: Vec<u32> = wanted.iter().map(|w| w.row as u32).collect();
         rows.dedup();
-        model.head(backend, &self.ws, &rows, |start, logits| {
+        model.head(backend, &mut self.ws, &rows, |start, logits| {
             let block = &rows[start..start + logits.rows];
             let mut by_row: Vec<Vec<&Wanted>> = vec![Vec::new(); block.len()];
             for w in &wanted {

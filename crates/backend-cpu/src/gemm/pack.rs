@@ -28,15 +28,19 @@ impl Panels {
         &self.words[p * self.panel_len()..(p + 1) * self.panel_len()]
     }
 
-    /// Sets the geometry and makes room, reusing the allocation.
+    /// Sets the geometry and makes room. Scratch only grows: clearing what the packer overwrites anyway costs time.
     pub(crate) fn reshape(&mut self, k: usize, n: usize) {
         (self.k, self.n) = (k, n);
-        let len = k.div_ceil(2) * NR * n.div_ceil(NR);
+        let len = self.panel_len() * n.div_ceil(NR);
         if self.words.len() < len {
             self.words.resize(len, 0);
-        } else {
-            self.words.truncate(len);
         }
+    }
+
+    /// The words that the geometry uses.
+    pub(crate) fn used(&mut self) -> &mut [u32] {
+        let len = self.panel_len() * self.n.div_ceil(NR);
+        &mut self.words[..len]
     }
 
     /// One element, for the embedding gather and for tests.
@@ -58,9 +62,9 @@ fn for_each_panel(out: &mut Panels, parallel: bool, fill: impl Fn(usize, &mut [u
         return;
     }
     if parallel {
-        out.words.par_chunks_mut(len).enumerate().for_each(|(p, panel)| fill(p, panel));
+        out.used().par_chunks_mut(len).enumerate().for_each(|(p, panel)| fill(p, panel));
     } else {
-        out.words.chunks_mut(len).enumerate().for_each(|(p, panel)| fill(p, panel));
+        out.used().chunks_mut(len).enumerate().for_each(|(p, panel)| fill(p, panel));
     }
 }
 
@@ -136,9 +140,8 @@ pub(crate) fn interleave_rows(src: &[Bf16], stride: usize, k: usize, m: usize, o
     let len = k.div_ceil(2) * m;
     if out.len() < len {
         out.resize(len, 0);
-    } else {
-        out.truncate(len);
     }
+    let out = &mut out[..len];
     let fill = |(kk, words): (usize, &mut [u32])| {
         let low = &src[2 * kk * stride..][..m];
         let high = (2 * kk + 1 < k).then(|| &src[(2 * kk + 1) * stride..][..m]);

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use cashtag_corpus::formats::data_files;
 use cashtag_corpus::{
-    Example, LabelMap, Query, ReadOptions, Stats, balanced_sample, builtin, builtin_split, read_examples_reported, search,
+    Example, LabelMap, Query, ReadOptions, Stats, balanced_sample, builtin, builtin_split, read_examples_reported,
+    search,
 };
 
 use crate::exit::{Interrupted, Usage};

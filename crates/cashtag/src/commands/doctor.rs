@@ -41,6 +41,10 @@ pub(crate) fn run(_: Args) -> anyhow::Result<()> {
         Err(e) => line("models", &e.to_string().replace("\n  hint:", ";")),
     }
     line("pip", &pip());
+    let gpu = gpu();
+    for (i, found) in gpu.lines().enumerate() {
+        line(if i == 0 { "gpu" } else { "" }, found);
+    }
     output::data(&text)
 }
 
@@ -106,12 +110,23 @@ fn memory() -> String {
     }
 }
 
+/// Cards with driver and libraries, or why there is none.
+fn gpu() -> String {
+    let probe = cashtag_backend_cuda::probe();
+    match (probe.gpus.is_empty(), probe.missing()) {
+        (true, Some(why)) => format!("none: {}", output::printable(&why)),
+        (_, missing) => {
+            let state = if missing.is_none() { "ready" } else { "not usable: something is missing" };
+            output::printable(&format!("{state}\n{probe}"))
+        }
+    }
+}
+
 fn pip() -> String {
     match Command::new("python3").args(["-m", "pip", "--version"]).output() {
         Ok(out) if out.status.success() => {
             let text = String::from_utf8_lossy(&out.stdout);
-            let words: Vec<&str> = text.split_whitespace().take(2).collect();
-            output::printable(&words.join(" "))
+            output::printable(text.split_whitespace().nth(1).unwrap_or("of an unknown version"))
         }
         Ok(_) => {
             "python3 has none; `cashtag pull smollm2-135m` needs it (Debian, Ubuntu: apt install python3-pip)".into()

@@ -31,7 +31,14 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 42)]
     seed: u64,
     /// Address of an OpenAI-compatible server, up to /v1
-    #[arg(long, value_name = "URL", env = "OPENAI_BASE_URL", default_value = "https://api.openai.com/v1", help_heading = "Server")]
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "OPENAI_BASE_URL",
+        hide_env_values = true,
+        default_value = "https://api.openai.com/v1",
+        help_heading = "Server"
+    )]
     api_base: String,
     /// File that holds the API key [default: the variable OPENAI_API_KEY]
     #[arg(long, value_name = "FILE", help_heading = "Server")]
@@ -175,7 +182,8 @@ impl Listener for Bar {
                 self.0.message(spent(totals));
             }
             Event::Failed { problem, pause } => {
-                let next = pause.map_or("giving up".to_owned(), |pause| format!("again in {:.0} s", pause.as_secs_f64()));
+                let next =
+                    pause.map_or("giving up".to_owned(), |pause| format!("again in {:.0} s", pause.as_secs_f64()));
                 output::detail(format!("{problem}; {next}"));
                 self.0.message(format!("{next}: {}", problem.lines().next().unwrap_or_default()));
             }

@@ -3,15 +3,36 @@
 //! To add a command: `mod name;` here, one line in [`Command`], one in [`Command::run`]. Commands that use a model flatten
 //! `settings::Flags` into their `Args` and call `resolve()`; `Flags<Inference>` leaves the flags for training out.
 
+mod bench;
 mod config;
+mod corpus;
 mod doctor;
+mod eval;
+mod generate;
+mod predict;
+mod prepare;
 mod pull;
 mod run;
+mod train;
 
 #[derive(clap::Subcommand)]
 pub(crate) enum Command {
     /// Data, fine-tune, judge before and after, report: the whole job
     Run(run::Args),
+    /// Fine-tune: data in, an adapter out
+    Train(train::Args),
+    /// Judge a model, or several side by side, on labelled texts
+    Eval(eval::Args),
+    /// Classify a text, lines of standard input, or a file
+    Predict(predict::Args),
+    /// Measure how fast this machine trains and classifies
+    Bench(bench::Args),
+    /// Have a chat model write labelled tweets
+    Generate(generate::Args),
+    /// Make data sets from journals and files: read, clean, deduplicate, split
+    Prepare(prepare::Args),
+    /// Look into the built-in corpus or a data file
+    Corpus(corpus::Args),
     /// Fetch a model or a data set, once
     Pull(pull::Args),
     /// Show the configuration in force, and where each value came from
@@ -26,6 +47,13 @@ impl Command {
     pub(crate) fn run(self) -> anyhow::Result<()> {
         match self {
             Command::Run(args) => run::run(args),
+            Command::Train(args) => train::run(args),
+            Command::Eval(args) => eval::run(args),
+            Command::Predict(args) => predict::run(args),
+            Command::Bench(args) => bench::run(args),
+            Command::Generate(args) => generate::run(args),
+            Command::Prepare(args) => prepare::run(args),
+            Command::Corpus(args) => corpus::run(args),
             Command::Pull(args) => pull::run(args),
             Command::Config(args) => config::run(args),
             Command::Doctor(args) => doctor::run(args),

@@ -11,9 +11,9 @@ use serde::Deserialize;
 use ureq::http::header::{ACCEPT_ENCODING, AUTHORIZATION, LOCATION, RANGE, RETRY_AFTER};
 use ureq::http::{HeaderMap, Method, Request, Response, Uri};
 
-use super::layout;
 use super::name::{Kind, Repository, is_inside};
 use super::select::{Listed, Listing};
+use super::{certificates, layout};
 use crate::exit::{Usage, check_stop};
 use crate::output;
 
@@ -116,7 +116,9 @@ impl Client {
                 "HF_TOKEN holds characters that no token has\n  hint: copy it anew; it looks like hf_…".into()
             ));
         }
+        let tls = ureq::tls::TlsConfig::builder().root_certs(certificates::roots()).build();
         let agent = ureq::Agent::config_builder()
+            .tls_config(tls)
             .http_status_as_error(false)
             .max_redirects(0)
             .user_agent(concat!("cashtag/", env!("CARGO_PKG_VERSION")))
@@ -127,10 +129,6 @@ impl Client {
             .build()
             .new_agent();
         Ok(Self { agent, endpoint: endpoint.into(), origin, token, patience })
-    }
-
-    pub(crate) fn patience(&self) -> Patience {
-        self.patience
     }
 
     /// Where a file of a repository is fetched from.
@@ -201,7 +199,7 @@ impl Client {
         }
         let usual = self.patience.pause * 2u32.saturating_pow(tries.saturating_sub(1));
         // What a server asks for is heard within reason.
-        let pause = asked.clamp(usual, 60 * self.patience.pause.max(usual));
+        let pause = asked.clamp(usual, usual.max(60 * self.patience.pause));
         output::detail(format!(
             "{}; next try in {:.1} s",
             failure.message.lines().next().unwrap_or(""),
@@ -374,6 +372,11 @@ fn join(base: &Uri, location: &str) -> Option<Uri> {
 fn transport(uri: &Uri, error: &ureq::Error) -> Failure {
     let host = uri.host().unwrap_or("?");
     let mend = "check the connection, or set HF_ENDPOINT to a mirror; behind a proxy set HTTPS_PROXY";
+    let said = error.to_string().to_lowercase();
+    if said.contains("certificate") {
+        let mend = "behind a proxy that reads along, set SSL_CERT_FILE to a file with its certificate";
+        return Failure::last(format!("{host} cannot prove who it is: {said}\n  hint: {mend}"));
+    }
     match error {
         ureq::Error::HostNotFound => Failure::passing(format!("no address is known for {host}\n  hint: {mend}")),
         ureq::Error::Timeout(_) => Failure::passing(format!("{host} does not answer\n  hint: {mend}")),

@@ -37,7 +37,6 @@ pub(crate) struct Wanted {
 /// As [`Client::head`]; an etag that cannot be a file name; a size beyond all measure.
 pub(crate) fn plan(
     client: &Client,
-    _layout: &Layout,
     repository: &Repository,
     commit: &str,
     files: Vec<Listed>,
@@ -101,16 +100,7 @@ pub(crate) fn fetch(
     let folder = blob.parent().unwrap_or(&blob);
     std::fs::create_dir_all(folder).map_err(|e| on_disk(folder, &e))?;
     let part = blob.with_file_name(format!("{}.incomplete", wanted.etag));
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&part);
-    let file = file.map_err(|e| on_disk(&part, &e))?;
-    if matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock)) {
-        output::note(format!("waiting: another process fetches {}", wanted.path));
-        file.lock().map_err(|e| on_disk(&part, &e))?;
-    }
-    // The other process has fetched it, and renamed the file that is locked here.
-    if layout.has_blob(repository, wanted) {
-        return Ok(());
-    }
+    let Some(file) = lock(&part, || layout.has_blob(repository, wanted), &wanted.path)? else { return Ok(()) };
     let url = client.file_url(repository, commit, &wanted.path);
     let mut part_file = Part::open(file, &part, wanted)?;
     let progress = Progress::new(wanted.path.clone(), Unit::Bytes, wanted.size).starting_at(part_file.length);
@@ -130,6 +120,31 @@ pub(crate) fn fetch(
     part_file.check(wanted, &part)?;
     part_file.file.sync_all().map_err(|e| on_disk(&part, &e))?;
     std::fs::rename(&part, &blob).map_err(|e| on_disk(&blob, &e))
+}
+
+/// The part's file, locked against other processes; `None` if one of them has fetched the whole meanwhile.
+fn lock(part: &Path, is_here: impl Fn() -> bool, name: &str) -> anyhow::Result<Option<File>> {
+    loop {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(part);
+        let file = file.map_err(|e| on_disk(part, &e))?;
+        let waited = match file.try_lock() {
+            Ok(()) => false,
+            Err(std::fs::TryLockError::WouldBlock) => {
+                output::note(format!("waiting: another process fetches {name}"));
+                file.lock().map_err(|e| on_disk(part, &e))?;
+                true
+            }
+            // A file system without locks: as good as alone.
+            Err(std::fs::TryLockError::Error(_)) => false,
+        };
+        if is_here() {
+            return Ok(None);
+        }
+        // Whoever was waited for may have deleted what was opened here.
+        if !waited {
+            return Ok(Some(file));
+        }
+    }
 }
 
 enum Stop {
@@ -156,7 +171,7 @@ fn attempt(
     repository: &Repository,
     url: &str,
     wanted: &Wanted,
-    part: &mut Part,
+    part: &mut Part<'_>,
     progress: &Progress,
 ) -> Result<(), Stop> {
     let from = part.length;

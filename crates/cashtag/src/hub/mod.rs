@@ -10,6 +10,7 @@
 //! stopped, and the next one continues there; the token goes to the hub's own host only, and into no message; names that
 //! a server gives cannot leave the cache.
 
+mod certificates;
 mod client;
 mod download;
 mod embedded;
@@ -141,7 +142,7 @@ fn pull_repository(client: &Client, layout: &Layout, repository: &Repository) ->
     layout.check_writable()?;
     let listing = client.listing(repository)?;
     let files = select::select(repository, &listing)?;
-    let wanted = download::plan(client, layout, repository, &listing.commit, files)?;
+    let wanted = download::plan(client, repository, &listing.commit, files)?;
     let missing: Vec<_> = wanted.iter().filter(|w| !layout.has_blob(repository, w)).collect();
     if !missing.is_empty() {
         let bytes = missing.iter().map(|w| w.size.unwrap_or(0)).sum();

@@ -1,14 +1,69 @@
 //! From `[data]` to what is trained on, validated on and judged on.
 
-use anyhow::{Context, bail};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow, bail};
+use cashtag_corpus::formats::data_files;
 use cashtag_corpus::{
-    Example, ReadOptions, SplitOptions, balanced_sample, builtin_split, read_examples_reported, split_examples,
+    Example, LabelMap, ReadOptions, SplitOptions, balanced_sample, builtin_split, read_examples_reported,
+    split_examples,
 };
 
 use super::engine::LabelledText;
 use crate::exit::Usage;
 use crate::settings::{DataSource, Settings};
 use crate::{hub, output};
+
+/// How the columns of data files are understood.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub(crate) struct Reading {
+    /// Column of the text [default: guessed]
+    #[arg(long, value_name = "NAME", help_heading = "Reading")]
+    text_column: Option<String>,
+    /// Column of the label [default: guessed]
+    #[arg(long, value_name = "NAME", help_heading = "Reading")]
+    label_column: Option<String>,
+    /// What foreign labels mean, as in 0=Negative,1=Neutral,2=Positive
+    #[arg(long, value_name = "MAP", value_parser = checked_label_map, help_heading = "Reading")]
+    label_map: Option<String>,
+}
+
+/// The text itself: a command line that repeats a run must be able to say it again.
+fn checked_label_map(text: &str) -> Result<String, cashtag_corpus::Error> {
+    LabelMap::parse(text).map(|_| text.to_string())
+}
+
+impl Reading {
+    fn options(&self) -> anyhow::Result<ReadOptions> {
+        Ok(ReadOptions {
+            text_column: self.text_column.clone(),
+            label_column: self.label_column.clone(),
+            label_map: self.label_map.as_deref().map(LabelMap::parse).transpose()?.unwrap_or_default(),
+            require_label: true,
+        })
+    }
+
+    /// The flags that say the same, each with a blank before it.
+    pub(crate) fn flags(&self) -> String {
+        let flags = [
+            ("--text-column", &self.text_column),
+            ("--label-column", &self.label_column),
+            ("--label-map", &self.label_map),
+        ];
+        let given = flags.into_iter().filter_map(|(flag, value)| Some((flag, value.as_ref()?)));
+        given.map(|(flag, value)| format!(" {flag} {}", quoted(value))).collect()
+    }
+}
+
+/// A word as a shell takes it.
+pub(crate) fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./=,:@+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_string()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
 
 /// Examples of one run. Near copies never stand on both sides of a border.
 #[derive(Clone, Debug, Default)]
@@ -25,7 +80,7 @@ pub(crate) struct Data {
 ///
 /// # Errors
 /// Unreadable files, labels that are not the run's, an empty part.
-pub(crate) fn load(settings: &Settings, default_train: Option<usize>) -> anyhow::Result<Data> {
+pub(crate) fn load(settings: &Settings, reading: &Reading, default_train: Option<usize>) -> anyhow::Result<Data> {
     let d = &settings.data;
     let seed = settings.training.seed;
     let (mut train, mut held_out, source) = match &d.source {
@@ -34,8 +89,8 @@ pub(crate) fn load(settings: &Settings, default_train: Option<usize>) -> anyhow:
             (split.train, split.held_out, "built-in corpus".to_string())
         }
         DataSource::Path(path) => {
-            let path = hub::resolve_dataset(&path.to_string_lossy())?;
-            let examples = read(&path)?;
+            let path = resolve(&path.to_string_lossy())?;
+            let examples = read(&path, reading)?;
             let source = path.display().to_string();
             if d.eval_source.is_some() {
                 (examples, Vec::new(), source)
@@ -46,7 +101,7 @@ pub(crate) fn load(settings: &Settings, default_train: Option<usize>) -> anyhow:
         }
     };
     if let Some(path) = &d.eval_source {
-        held_out = read(&hub::resolve_dataset(&path.to_string_lossy())?)?;
+        held_out = read(&resolve(&path.to_string_lossy())?, reading)?;
     }
     let wanted = if d.full { None } else { d.train_examples.or(default_train) };
     if let Some(n) = wanted.filter(|&n| n < train.len()) {
@@ -66,16 +121,33 @@ pub(crate) fn load(settings: &Settings, default_train: Option<usize>) -> anyhow:
     Ok(Data { train: split.train, validation: split.held_out, held_out, source })
 }
 
-/// Reads a labelled file; says which columns were taken.
-pub(crate) fn read(path: &std::path::Path) -> anyhow::Result<Vec<Example>> {
-    let options = ReadOptions::default();
-    let (examples, columns) =
-        read_examples_reported(path, &options).with_context(|| format!("cannot read {}", path.display()))?;
-    output::note(format!("{}: {} examples, {columns}", path.display(), examples.len()));
-    if examples.is_empty() {
-        bail!(Usage(format!("{} holds no examples", path.display())));
+/// Where the file, directory or data set of this name lies. Fetches nothing.
+///
+/// # Errors
+/// There is none; the hint says what to do.
+pub(crate) fn resolve(name: &str) -> anyhow::Result<PathBuf> {
+    hub::resolve_dataset(name).map_err(|e| match e.to_string() {
+        text if text.contains("hint:") => e,
+        text => anyhow!("{text}\n  hint: check the path"),
+    })
+}
+
+/// Reads a labelled file, or the files of a directory; says which columns were taken.
+///
+/// # Errors
+/// Unreadable files, columns that cannot be told, labels that are not known, no examples at all.
+pub(crate) fn read(path: &Path, reading: &Reading) -> anyhow::Result<Vec<Example>> {
+    let options = reading.options()?;
+    let mut all = Vec::new();
+    for file in data_files(path)? {
+        let (examples, columns) = read_examples_reported(&file, &options)?;
+        output::note(format!("{}: {} examples, {columns}", file.display(), examples.len()));
+        all.extend(examples);
     }
-    Ok(examples)
+    if all.is_empty() {
+        bail!(Usage(format!("{} holds no examples\n  hint: give a file with texts and labels", path.display())));
+    }
+    Ok(all)
 }
 
 /// Texts with the index of their label.

@@ -1,11 +1,13 @@
 //! From `--device` and `--precision` to a backend.
 
 use anyhow::{Context, bail};
-use cashtag_backend::Backend;
+use cashtag_backend::{Backend, Dtype};
 use cashtag_backend_cpu::{CpuBackend, Precision as CpuPrecision};
+use cashtag_backend_cuda::{CudaBackend, Options, probe};
 
 use crate::exit::Usage;
-use crate::settings::{Device, Precision, Settings};
+use crate::settings::{self, Device, Precision, Settings};
+use crate::{hub, output};
 
 /// Something to do on whatever device was chosen.
 pub(crate) trait Job {
@@ -21,9 +23,40 @@ pub(crate) trait Job {
 /// A device or precision that is not there, and what the job itself reports.
 pub(crate) fn run<J: Job>(settings: &Settings, job: J) -> anyhow::Result<J::Output> {
     match settings.model.device {
-        Device::Auto | Device::Cpu => job.run(cpu(settings)?),
-        Device::Cuda(_) => bail!(Usage("this build has no CUDA backend yet\n  hint: --device cpu".into())),
+        Device::Cpu => job.run(cpu(settings)?),
+        Device::Cuda(ordinal) => job.run(cuda(settings, ordinal)?),
+        Device::Auto => {
+            let found = probe();
+            if found.usable() {
+                return job.run(cuda(settings, 0)?);
+            }
+            if let Some(missing) = found.missing() {
+                output::detail(format!("no GPU is used: {missing}"));
+            }
+            job.run(cpu(settings)?)
+        }
     }
+}
+
+fn cuda(settings: &Settings, ordinal: usize) -> anyhow::Result<CudaBackend> {
+    let found = probe();
+    let gpu = found.gpus.iter().find(|g| g.ordinal as usize == ordinal);
+    let compute = match settings.model.precision {
+        Precision::Auto if gpu.is_some_and(|g| !g.bf16) => Dtype::F16,
+        Precision::Auto | Precision::Bf16 => Dtype::Bf16,
+        Precision::Fp16 => Dtype::F16,
+        Precision::F32 => Dtype::F32,
+    };
+    let resident = match settings.model.resident {
+        settings::Resident::Auto => cashtag_backend_cuda::Resident::Auto,
+        settings::Resident::Nf4 => cashtag_backend_cuda::Resident::Nf4,
+        settings::Resident::Bf16 => cashtag_backend_cuda::Resident::Bf16,
+    };
+    // A GGUF file is 4-bit already: quantising its values again would only lose some.
+    let is_gguf = settings.model.name == hub::EMBEDDED || settings.model.name.ends_with(".gguf");
+    let quantize = !is_gguf || settings.model.resident == settings::Resident::Nf4;
+    let options = Options { compute, quantize, resident, ..Options::default() };
+    CudaBackend::new(ordinal as u32, options).with_context(|| format!("cuda:{ordinal} cannot be used"))
 }
 
 fn cpu(settings: &Settings) -> anyhow::Result<CpuBackend> {

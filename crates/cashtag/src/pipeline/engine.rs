@@ -1,12 +1,12 @@
 //! A model on a device with its prompts: what judging, predicting and training start from.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
 use cashtag_backend::Backend;
 use cashtag_eval::Judged;
-use cashtag_llama::adapter::{Adapter, ClassifierConfig};
+use cashtag_llama::adapter::{Adapter, CLASSIFIER_FILE, CONFIG_FILE, ClassifierConfig};
 use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::lora::Lora;
 use cashtag_llama::model::Llama;
@@ -14,7 +14,7 @@ use cashtag_llama::prompt::{Label, PromptFormat, TooLong};
 use cashtag_llama::score::{Scorer, normalise};
 
 use crate::progress::{Progress, Unit};
-use crate::settings::{self, Settings};
+use crate::settings::{self, Settings, Source};
 use crate::{exit, hub, output};
 
 /// Where the parts of a model come from, opened but not loaded.
@@ -24,23 +24,66 @@ pub(crate) struct Opened {
     pub(crate) adapter: Option<Adapter>,
 }
 
+impl Opened {
+    /// The temperature that was fitted for the adapter; 1 leaves the probabilities as the model gives them.
+    pub(crate) fn temperature(&self) -> f32 {
+        let fitted = self.adapter.as_ref().and_then(|a| Some(a.classifier.as_ref()?.temperature));
+        fitted.filter(|t| t.is_finite() && *t > 0.0).unwrap_or(1.0)
+    }
+}
+
 /// Opens the model that the settings name; fetches the small default model if it is not there yet.
 ///
 /// # Errors
 /// No such model, damaged files, an adapter that does not fit.
 pub(crate) fn open(settings: &Settings) -> anyhow::Result<Opened> {
-    let path = if settings.model.name == hub::EMBEDDED {
-        hub::pull_if_missing(&settings.model.name)?
+    let found = if settings.model.name == hub::EMBEDDED {
+        hub::pull_if_missing(&settings.model.name)
     } else {
-        hub::resolve_model(&settings.model.name)?
+        hub::resolve_model(&settings.model.name)
+    };
+    let path = match (found, &settings.model.adapter) {
+        (Err(e), Some(dir)) if matches!(settings.source("model.name"), Source::Follows(_)) => {
+            let what = format!("the adapter {} was trained on {}", dir.display(), settings.model.name);
+            return Err(e.context(format!("{what}\n  hint: or name its base model with --model")));
+        }
+        (found, _) => found?,
     };
     let checkpoint = open_checkpoint(settings, path)?;
     let adapter = match &settings.model.adapter {
-        Some(dir) => Some(Adapter::load(dir, checkpoint.config())?),
+        Some(dir) => Some(Adapter::load(&adapter_directory(dir), checkpoint.config())?),
         None => None,
     };
+    if let Some(base) = adapter.as_ref().and_then(|a| Some(&a.classifier.as_ref()?.base_model))
+        && !is_same_model(base, &settings.model.name)
+    {
+        output::warn(format!("the adapter was trained on {base}, the model is {}", settings.model.name));
+    }
     let format = format(settings, &checkpoint, adapter.as_ref().and_then(|a| a.classifier.as_ref()))?;
     Ok(Opened { checkpoint, format, adapter })
+}
+
+/// An adapter knows its base model: without another word from the user (`named`) that is the one to use.
+pub(crate) fn follow_base_model(settings: &mut Settings, named: bool) {
+    let Some(dir) = settings.model.adapter.as_deref().filter(|_| !named) else { return };
+    // What is wrong with the file is said when the adapter is loaded.
+    let text = std::fs::read_to_string(adapter_directory(dir).join(CLASSIFIER_FILE)).unwrap_or_default();
+    let Ok(trained) = serde_json::from_str::<ClassifierConfig>(&text) else { return };
+    if trained.base_model != settings.model.name && !trained.base_model.trim().is_empty() {
+        settings.model.name = trained.base_model;
+        settings.sources.insert("model.name", Source::Follows("model.adapter"));
+    }
+}
+
+/// The adapter's own directory, also if the directory of its run was named.
+fn adapter_directory(dir: &Path) -> PathBuf {
+    let inner = dir.join("adapter");
+    if !dir.join(CONFIG_FILE).exists() && inner.join(CONFIG_FILE).exists() { inner } else { dir.to_owned() }
+}
+
+fn is_same_model(a: &str, b: &str) -> bool {
+    let canonical = |name: &str| std::fs::canonicalize(name).ok();
+    a == b || canonical(a).is_some_and(|a| canonical(b) == Some(a))
 }
 
 fn open_checkpoint(_settings: &Settings, path: PathBuf) -> anyhow::Result<Checkpoint> {
@@ -116,6 +159,11 @@ impl<'a, B: Backend> Classifier<'a, B> {
         let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         let scores = self.scorer.log_probabilities(self.backend, self.model, self.lora, &prompts)?;
         Ok(scores.iter().map(|s| normalise(s, self.temperature)).collect())
+    }
+
+    /// Whether a text can be a prompt (it cannot if it is too long and that is asked to be an error).
+    pub(crate) fn takes(&self, text: &str) -> bool {
+        self.format.prompt(text).is_ok()
     }
 
     /// Classifies labelled texts, with a progress bar; Ctrl-C ends it.

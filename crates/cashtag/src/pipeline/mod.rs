@@ -1,8 +1,11 @@
 //! What the commands that use a model have in common: the device, the model and its prompts, the data, judging, training.
 //! Generic over the backend, so that a GPU runs the same code.
 
+pub(crate) mod answers;
 pub(crate) mod data;
 pub(crate) mod device;
 pub(crate) mod engine;
+pub(crate) mod fine_tune;
 pub(crate) mod report;
+pub(crate) mod sides;
 pub(crate) mod training;

@@ -25,7 +25,6 @@ pub(crate) struct Findings {
     pub(crate) history: Vec<HistoryRow>,
     pub(crate) timings: Vec<Timing>,
     pub(crate) temperature: f64,
-    pub(crate) peak_bytes: u64,
 }
 
 /// The seven tweets by which a model is judged, with why they are hard.
@@ -144,7 +143,7 @@ pub(crate) fn example_table(labels: &[String], before: &[Judged], after: &[Judge
     out
 }
 
-fn configuration(s: &Settings) -> Vec<Setting> {
+pub(crate) fn configuration(s: &Settings) -> Vec<Setting> {
     // The recipe that the settings print is the one list of keys, values and sources.
     let mut section = String::new();
     let mut settings = Vec::new();
@@ -163,11 +162,11 @@ fn configuration(s: &Settings) -> Vec<Setting> {
     settings
 }
 
-fn command_line() -> String {
+pub(crate) fn command_line() -> String {
     std::iter::once("cashtag".to_string()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" ")
 }
 
-fn now() -> String {
+pub(crate) fn now() -> String {
     crate::settings::date_time(std::time::SystemTime::now()).replace('_', " ").replacen('-', "\u{2011}", 2) + " UTC"
 }
 

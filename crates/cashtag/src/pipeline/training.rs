@@ -136,8 +136,9 @@ pub(crate) struct Trained<B: Backend> {
     pub(crate) lora: Lora<B>,
     pub(crate) outcome: TrainOutcome,
     pub(crate) history: Vec<HistoryRow>,
-    pub(crate) arguments: TrainingArguments,
-    pub(crate) rows: u64,
+    /// Examples and computed rows of this process; what an interrupted run did before is not among them.
+    pub(crate) examples: usize,
+    pub(crate) rows: usize,
 }
 
 /// Trains an adapter; `Ok(None)` if Ctrl-C ended it (a checkpoint is saved).
@@ -220,7 +221,8 @@ pub(crate) fn train<B: Backend>(
         .sum();
     watch.bar.set_total(whole as u64);
     let outcome = trainer.run(&mut watch)?;
-    let (history, rows) = (watch.finish(&outcome), outcome.state.num_input_tokens_seen);
+    let (examples, rows) = (watch.examples, watch.rows);
+    let history = watch.finish(&outcome);
     if outcome.reason == EndReason::Interrupted {
         return Ok(None);
     }
@@ -230,7 +232,7 @@ pub(crate) fn train<B: Backend>(
             outcome.state.global_step, outcome.state.evaluations_without_gain, outcome.step
         ));
     }
-    Ok(Some(Trained { lora: trainer.lora, outcome, history, arguments: trainer.arguments, rows }))
+    Ok(Some(Trained { lora: trainer.lora, outcome, history, examples, rows }))
 }
 
 /// Changes when anything changes that a continued run must share with the run that it continues.

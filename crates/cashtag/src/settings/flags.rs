@@ -84,11 +84,6 @@ impl<S> Flags<S> {
         self.resolve_or(Some(name))
     }
 
-    /// The recipe that `--config` named.
-    pub(crate) fn config(&self) -> Option<&PathBuf> {
-        self.config.as_ref()
-    }
-
     /// Every value that the flag of `section.name` was given, in order (`--model A --model B`); the last is in force.
     pub(crate) fn occurrences(&self, id: &str) -> &[String] {
         self.given.get(id).map_or(&[], Vec::as_slice)
@@ -202,7 +197,8 @@ impl<S: Scope> FromArgMatches for Flags<S> {
 mod tests {
     use clap::Parser;
 
-    use super::super::{Device, Labels, Metric, Optim, Source, Strategy, TargetModules};
+    use super::super::Source;
+    use super::super::choices::{Device, Labels, Metric, Optim, Strategy, TargetModules};
     use super::*;
 
     #[derive(Parser, Debug)]

@@ -107,7 +107,7 @@ macro_rules! settings {
 }
 
 /// What the model is asked when nothing else is said.
-pub(crate) const SYSTEM_MESSAGE: &str = "Judge the mood of a stock-market tweet. Positive: good news, gains, or a bullish view. \
+pub(super) const SYSTEM_MESSAGE: &str = "Judge the mood of a stock-market tweet. Positive: good news, gains, or a bullish view. \
 Negative: bad news, losses, or a bearish view, sarcasm included. Neutral: plain facts, mixed signals, or nothing that moves \
 the price. Answer with one word.";
 

@@ -9,7 +9,7 @@
 //! Invariants: environment variables change nothing here; unknown keys are errors; each value remembers where it came from;
 //! what [`Settings::to_toml_with_sources`] writes reads back as the same settings.
 
-mod choices;
+pub(crate) mod choices;
 mod error;
 mod file;
 mod flags;
@@ -23,13 +23,14 @@ mod value;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+#[allow(unused_imports, reason = "every type that a setting has can be named here, whichever commands do")]
 pub(crate) use choices::{
     ClassWeights, DataSource, Device, GradientCheckpointing, LINEAR_LAYERS, Label, Labels, Layers, LrSchedulerType,
     Metric, Optim, Precision, Resident, Resume, Strategy, TargetModules, TooLong, TrainOn,
 };
 pub(crate) use error::SettingsError;
-pub(crate) use flags::{Everything, Flags, Inference, Scope};
-pub(crate) use keys::{Data, Lora, Model, SYSTEM_MESSAGE, Training};
+pub(crate) use flags::{Flags, Inference};
+pub(crate) use keys::{Data, Lora, Model, Training};
 pub(crate) use show::reference;
 
 /// Where a value came from.

@@ -141,11 +141,10 @@ fn follow(settings: &mut Settings) {
         }
         return;
     }
-    if settings.training.save_strategy == Strategy::No {
-        if settings.training.load_best_model_at_end && !settings.is_set("training.load_best_model_at_end") {
-            settings.training.load_best_model_at_end = false;
-            follows(settings, "training.load_best_model_at_end", "training.save_strategy");
-        }
+    let best = settings.training.load_best_model_at_end;
+    if best && settings.training.save_strategy == Strategy::No && !settings.is_set("training.load_best_model_at_end") {
+        settings.training.load_best_model_at_end = false;
+        follows(settings, "training.load_best_model_at_end", "training.save_strategy");
     }
     if !settings.training.load_best_model_at_end {
         return;
@@ -160,7 +159,7 @@ fn follow(settings: &mut Settings) {
     }
     let training = &settings.training;
     if training.eval_strategy == Strategy::Steps && training.save_strategy == Strategy::Steps {
-        let uneven = training.save_steps % training.eval_steps != 0;
+        let uneven = !training.save_steps.is_multiple_of(training.eval_steps);
         if uneven && !settings.is_set("training.save_steps") {
             settings.training.save_steps = settings.training.eval_steps;
             follows(settings, "training.save_steps", "training.eval_steps");
@@ -185,7 +184,7 @@ fn check(settings: &Settings) -> Result<(), SettingsError> {
             let what = format!("is \"{}\", but training.eval_strategy is \"{}\"", t.save_strategy, t.eval_strategy);
             return fail("training.save_strategy", what, "make them equal, or set load_best_model_at_end to false");
         }
-        if t.eval_strategy == Strategy::Steps && t.save_steps % t.eval_steps != 0 {
+        if t.eval_strategy == Strategy::Steps && !t.save_steps.is_multiple_of(t.eval_steps) {
             let what = format!("is {}, no multiple of training.eval_steps ({})", t.save_steps, t.eval_steps);
             let hint = "the best model can only be kept if a checkpoint falls on an evaluation; or set load_best_model_at_end to false";
             return fail("training.save_steps", what, hint);

@@ -59,10 +59,9 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::{
-        ClassWeights, DataSource, Device, Label, Labels, Layers, Resume, SYSTEM_MESSAGE, Source, TargetModules, file,
-        resolve,
-    };
+    use super::super::choices::{ClassWeights, DataSource, Device, Label, Labels, Layers, Resume, TargetModules};
+    use super::super::keys::SYSTEM_MESSAGE;
+    use super::super::{Source, file, resolve};
     use super::*;
 
     fn read_back(settings: &Settings) -> Settings {

@@ -72,10 +72,10 @@ fn write_string(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
 /// What a flag's text means where the type does not say it: `true`, `3`, `2e-4`, `["a", "b"]`, else text.
 pub(crate) fn guess(text: &str) -> Raw {
     let trimmed = text.trim();
-    if trimmed.starts_with(['[', '{']) {
-        if let Some(value) = super::file::parse_value(trimmed) {
-            return value;
-        }
+    if trimmed.starts_with(['[', '{'])
+        && let Some(value) = super::file::parse_value(trimmed)
+    {
+        return value;
     }
     match trimmed.to_ascii_lowercase().as_str() {
         "true" => return Raw::Boolean(true),

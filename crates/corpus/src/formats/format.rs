@@ -11,6 +11,7 @@ pub enum Format {
     Csv {
         delimiter: u8,
     },
+    /// One JSON object a line, or an array of JSON objects.
     Jsonl,
     Parquet,
     /// One text a line.
@@ -35,7 +36,7 @@ impl Format {
     ///
     /// # Errors
     ///
-    /// If the file cannot be read, or is compressed or an array of JSON.
+    /// If the file cannot be read, or is compressed.
     pub fn detect(path: &Path) -> Result<Self> {
         let mut head = Vec::with_capacity(8192);
         let file = File::open(path).map_err(Error::io("read", path))?;
@@ -50,15 +51,10 @@ impl Format {
         let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&head);
         let first = head.iter().copied().find(|byte| !byte.is_ascii_whitespace());
         let by_name = Self::of_name(path);
-        if first == Some(b'[') && by_name == Some(Self::Jsonl) {
-            let message =
-                "expected one JSON object a line, found an array\n  hint: jq -c '.[]' turns it into JSON lines";
-            return Err(Error::file(path, 1, message));
-        }
         Ok(match by_name {
             Some(Self::Csv { delimiter: b',' }) => Self::Csv { delimiter: guess_delimiter(head) },
             Some(format) => format,
-            None if first == Some(b'{') => Self::Jsonl,
+            None if matches!(first, Some(b'{' | b'[')) => Self::Jsonl,
             None => Self::Csv { delimiter: guess_delimiter(head) },
         })
     }

@@ -10,6 +10,7 @@ mod examples;
 mod files;
 mod format;
 mod formula;
+mod json_array;
 mod parquet_io;
 mod row_writer;
 mod rows;
@@ -22,6 +23,7 @@ pub use examples::{ExampleReader, ReadOptions, Record, read_examples, read_examp
 pub use files::data_files;
 pub use format::Format;
 pub use formula::{neutralise, restore};
+pub use parquet_io::panic_is_caught;
 pub use row_writer::{NewColumn, RowWriter};
 pub use rows::{CHUNK_BYTES, CHUNK_ROWS, Chunk, ColumnKind, MAX_RECORD, RowReader};
 pub use write::{ChatDataset, CsvDataset, FIELDS, ParquetDataset, write_chat_jsonl, write_dataset_csv, write_parquet};

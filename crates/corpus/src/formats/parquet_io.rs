@@ -1,5 +1,6 @@
 //! Parquet through the Arrow reader of the `parquet` crate, with its panics on damaged files turned into errors.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -50,11 +51,24 @@ impl ParquetRows {
     }
 }
 
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic of this thread would be caught and become an error about a damaged file. A panic hook asks this before
+/// it reports a bug.
+pub fn panic_is_caught() -> bool {
+    GUARDED.get()
+}
+
 fn guarded<T>(path: &Path, work: impl FnOnce() -> Result<T, parquet::errors::ParquetError>) -> Result<T> {
     let damaged = |what: String| {
         Error::file(path, None, format!("not a readable Parquet file: {what}\n  hint: fetch or write it again"))
     };
-    match catch_unwind(AssertUnwindSafe(work)) {
+    GUARDED.set(true);
+    let outcome = catch_unwind(AssertUnwindSafe(work));
+    GUARDED.set(false);
+    match outcome {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(damaged(error.to_string())),
         Err(_) => Err(damaged("its structure is damaged".into())),

@@ -18,6 +18,7 @@ use serde_json::{Map, Value};
 
 use super::format::Format;
 use super::formula;
+use super::json_array::ArrayLines;
 use super::parquet_io::ParquetRows;
 use crate::error::{Error, Result};
 
@@ -37,7 +38,7 @@ pub enum ColumnKind {
     Boolean,
 }
 
-/// Some rows of a file. Row numbers count from 1; for CSV and JSONL they are line numbers.
+/// Some rows of a file. Row numbers count from 1; for CSV and JSON lines they are line numbers.
 #[derive(Clone, Debug)]
 pub struct Chunk {
     pub(crate) lines: Vec<u64>,
@@ -154,7 +155,7 @@ enum Inner {
         mark: Arc<AtomicU64>,
     },
     Lines {
-        reader: BufReader<Counted>,
+        reader: BufReader<Box<dyn Read + Send>>,
         line: u64,
         json: bool,
     },
@@ -198,11 +199,15 @@ impl RowReader {
         let counted = Counted { source, read: read.clone(), mark: guard, head: Some(Vec::new()) };
         let inner = match format {
             Format::Csv { delimiter } => open_csv(path, counted, delimiter, mark)?,
-            Format::Jsonl | Format::Text => Inner::Lines {
-                reader: BufReader::with_capacity(1 << 16, counted),
-                line: 0,
-                json: format == Format::Jsonl,
-            },
+            Format::Jsonl | Format::Text => {
+                let json = format == Format::Jsonl;
+                let mut reader = BufReader::with_capacity(1 << 16, counted);
+                let head = reader.fill_buf().map_err(Error::io("read", path))?;
+                let array = head.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[');
+                let source: Box<dyn Read + Send> =
+                    if json && array { Box::new(ArrayLines::new(reader)) } else { Box::new(reader) };
+                Inner::Lines { reader: BufReader::with_capacity(1 << 16, source), line: 0, json }
+            }
             Format::Parquet => {
                 return Err(Error::file(path, None, "Parquet cannot be read from a stream\n  hint: give a file"));
             }
@@ -397,7 +402,12 @@ fn csv_error(path: &Path, error: &csv::Error) -> Error {
 
 const NOT_UTF8: &str = "the text is not UTF-8\n  hint: convert the file, for example with iconv -f latin1 -t utf-8";
 
-fn line_chunk(path: &Path, reader: &mut BufReader<Counted>, line: &mut u64, json: bool) -> Result<Option<Chunk>> {
+fn line_chunk(
+    path: &Path,
+    reader: &mut BufReader<Box<dyn Read + Send>>,
+    line: &mut u64,
+    json: bool,
+) -> Result<Option<Chunk>> {
     let (mut lines, mut rows, mut bytes) = (Vec::new(), Vec::new(), 0u64);
     let mut buffer = Vec::new();
     while rows.len() < CHUNK_ROWS && bytes < CHUNK_BYTES {

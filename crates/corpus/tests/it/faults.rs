@@ -22,7 +22,7 @@ fn second_request(wrong: impl Fn(&Request) -> Answer + Send + Sync + 'static) ->
     });
     let folder = tempfile::tempdir().unwrap();
     let heard = Heard::default();
-    let client = ChatClient::new(ClientOptions { timeout: Duration::from_millis(400), ..server.options() }).unwrap();
+    let client = ChatClient::new(ClientOptions { timeout: Duration::from_millis(1500), ..server.options() }).unwrap();
     let outcome = generate(&client, &few(5), &folder.path().join("journal.jsonl"), &heard).unwrap();
     let lines = heard.lines().into_iter().filter(|line| !line.starts_with("accepted") && !line.starts_with("started"));
     (outcome, lines.collect(), server.requests().len())
@@ -47,7 +47,7 @@ fn what_passes_is_tried_again() {
         (Box::new(raw("")), "not JSON"),
         (Box::new(half), "broke off"),
         (Box::new(|_: &Request| Answer::HangUp), ""),
-        (Box::new(|_: &Request| Answer::Silence(Duration::from_secs(2))), "timeout"),
+        (Box::new(|_: &Request| Answer::Silence(Duration::from_secs(4))), "timeout"),
     ];
     for (handler, expected) in cases {
         let (outcome, lines, requests) = second_request(handler);

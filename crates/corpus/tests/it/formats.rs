@@ -111,6 +111,10 @@ fn many_spellings_of_a_table() {
             "f.ndjson",
             "{\"text\": \"up, \\\"we\\\" go\", \"label_text\": \"Positive\", \"label\": 7}\n{\"text\": \"down\", \"label_text\": \"Negative\", \"label\": 9}",
         ),
+        (
+            "f.json",
+            "[\n {\"text\": \"up, \\\"we\\\" go\", \"label\": \"Positive\"},\n {\"text\": \"down\",\n \"label\": \"Negative\"}\n]\n",
+        ),
         ("g.txt", "Positive: up, \"we\" go\nnegative: down\n"),
         ("h.txt", "up, \"we\" go\n---\nPositive\n\ndown\n---\nNegative\n"),
         (
@@ -146,7 +150,7 @@ fn complaints_name_the_line_and_the_mend() {
         ("f.csv", "text,text\nx,y\n", "two columns are called \"text\""),
         ("g.csv", "text,label\n  ,Positive\n", "g.csv:2: the text is empty"),
         ("h.jsonl", "{\"text\": \"x\", \"label\": \"Positive\"}\n{\"text\": \n", "h.jsonl:2: expected a JSON object"),
-        ("i.jsonl", "[{\"text\": \"x\"}]", "found an array"),
+        ("i.json", "[{\"text\": \"x\", \"label\": \"Neutral\"}, 7]", "i.json:2: expected a JSON object"),
         (
             "j.jsonl",
             "{\"messages\": [{\"role\": \"system\", \"content\": \"x\"}]}",
