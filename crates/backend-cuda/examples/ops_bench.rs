@@ -91,10 +91,16 @@ const BYTES_PER_US: f64 = 3.0e6;
 const FLOP_PER_US: f64 = 780e6;
 
 impl Bench {
+    /// About normal values, standard deviation 1: what the numbers are decides how much power the products draw, and so their speed.
     fn buffer(&mut self, dtype: Dtype, len: usize) -> Result<CudaBuffer> {
         let mut b = self.gpu.uninit(dtype, len)?;
-        let part: Vec<f32> =
-            (0..(1 << 18).min(len)).map(|_| (self.random.next() >> 40) as f32 / (1 << 23) as f32 - 1.0).collect();
+        let part: Vec<f32> = (0..(1 << 20).min(len))
+            .map(|_| {
+                let bits = self.random.next();
+                let sum: u64 = (0..4).map(|i| bits >> (16 * i) & 0xffff).sum();
+                (sum as f32 / 65536.0 - 2.0) * 1.732
+            })
+            .collect();
         for offset in (0..len).step_by(part.len()) {
             self.gpu.upload(&part[..part.len().min(len - offset)], &mut b, offset)?;
         }
@@ -208,6 +214,7 @@ fn rows(b: &mut Bench) -> Result<()> {
     let mut dx32 = b.sets(Dtype::F32, n * D)?;
     let x = b.sets(t, n * D)?;
     let mut y = b.sets(t, n * D)?;
+    let mut y2 = b.sets(t, n * D)?;
     let w = b.buffer(Dtype::F32, D)?;
     let mut inv = b.buffer(Dtype::F32, n)?;
     let nd = n * D;
@@ -218,7 +225,15 @@ fn rows(b: &mut Bench) -> Result<()> {
         0,
         |g, i| Ok(g.copy(view(&x32[i], n, D), view_mut(&mut dx32[i], n, D))?),
     )?;
-    b.line("rms_norm", (4, 4), nd * 6, 0, |g, i| {
+    let d = Dropout { p: 0.1, seed: 1, step: 1, site: 1 };
+    b.line("rms_norm, y and dropout(y)", (0, 2), nd * 8, 0, |g, i| {
+        let (y, dropped) = (view_mut(&mut y[i], n, D), view_mut(&mut y2[i], n, D));
+        Ok(g.rms_norm_dropout(view(&x32[i], n, D), &w, 1e-5, Some(y), (d, dropped), &mut inv)?)
+    })?;
+    b.line("rms_norm, dropout(y)", (0, 2), nd * 6, 0, |g, i| {
+        Ok(g.rms_norm_dropout(view(&x32[i], n, D), &w, 1e-5, None, (d, view_mut(&mut y[i], n, D)), &mut inv)?)
+    })?;
+    b.line("rms_norm", (4, 0), nd * 6, 0, |g, i| {
         Ok(g.rms_norm(view(&x32[i], n, D), &w, 1e-5, view_mut(&mut y[i], n, D), &mut inv)?)
     })?;
     b.line("rms_norm_backward", (2, 0), nd * 14, 0, |g, i| {
@@ -231,8 +246,7 @@ fn rows(b: &mut Bench) -> Result<()> {
     b.line("copy f32 to T [n, d]", (2, 0), nd * 6, 0, |g, i| {
         Ok(g.copy(view(&x32[i], n, D), view_mut(&mut y[i], n, D))?)
     })?;
-    let d = Dropout { p: 0.1, seed: 1, step: 1, site: 1 };
-    b.line("dropout [n, d]", (6, 0), nd * 4, 0, |g, i| {
+    b.line("dropout [n, d]", (6, 2), nd * 4, 0, |g, i| {
         Ok(g.dropout(view(&x[i], n, D), d, false, view_mut(&mut y[i], n, D))?)
     })?;
     b.line("dropout accumulate [n, d]", (3, 0), nd * 6, 0, |g, i| {
@@ -243,13 +257,21 @@ fn rows(b: &mut Bench) -> Result<()> {
     let mut d_gate_up = b.sets(t, 2 * nf)?;
     let h = b.sets(t, nf)?;
     let mut h2 = b.sets(t, nf)?;
+    let mut h3 = b.sets(t, nf)?;
     b.line("dropout [n, f]", (2, 0), nf * 4, 0, |g, i| {
         Ok(g.dropout(view(&h[i], n, F), d, false, view_mut(&mut h2[i], n, F))?)
     })?;
     b.line("dropout accumulate [n, f]", (1, 0), nf * 6, 0, |g, i| {
         Ok(g.dropout(view(&h[i], n, F), d, true, view_mut(&mut h2[i], n, F))?)
     })?;
-    b.line("swiglu", (2, 2), nf * 6, 0, |g, i| Ok(g.swiglu(view(&gate_up[i], n, 2 * F), view_mut(&mut h2[i], n, F))?))?;
+    b.line("swiglu, h and dropout(h)", (0, 1), nf * 8, 0, |g, i| {
+        let (h, dropped) = (view_mut(&mut h2[i], n, F), view_mut(&mut h3[i], n, F));
+        Ok(g.swiglu_dropout(view(&gate_up[i], n, 2 * F), Some(h), (d, dropped))?)
+    })?;
+    b.line("swiglu, dropout(h)", (0, 1), nf * 6, 0, |g, i| {
+        Ok(g.swiglu_dropout(view(&gate_up[i], n, 2 * F), None, (d, view_mut(&mut h2[i], n, F)))?)
+    })?;
+    b.line("swiglu", (2, 0), nf * 6, 0, |g, i| Ok(g.swiglu(view(&gate_up[i], n, 2 * F), view_mut(&mut h2[i], n, F))?))?;
     b.line("swiglu_backward", (1, 1), nf * 10, 0, |g, i| {
         Ok(g.swiglu_backward(view(&h[i], n, F), view(&gate_up[i], n, 2 * F), view_mut(&mut d_gate_up[i], n, 2 * F))?)
     })?;
@@ -373,8 +395,10 @@ fn frozen(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Sit
     b.gpu.synchronize()?;
     println!("{site}: four weights loaded in {:.2} s", started.elapsed().as_secs_f64());
     let name = |what: &str| -> &'static str { format!("{what} {site}").leak() };
-    let mut x = b.sets(t, n * (inner + rank))?;
+    let x = b.sets(t, n * (inner + rank))?;
+    let mut dx = b.sets(t, n * (inner + rank))?;
     let mut y = b.sets(t, n * all)?;
+    let dy = b.sets(t, n * all)?;
     let mut y32 = b.sets(Dtype::F32, if residual { n * all } else { 1 })?;
     let up = b.sets(t, count * out * RANK)?;
     let flop = 2 * n * all * inner;
@@ -389,7 +413,7 @@ fn frozen(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Sit
         })?;
     }
     b.line(name("linear_backward"), (1, 0), bytes, flop, |g, i| {
-        Ok(g.linear_backward(view(&y[i], n, all), &weights[i], false, view_mut(&mut x[i], n, inner))?)
+        Ok(g.linear_backward(view(&dy[i], n, all), &weights[i], false, view_mut(&mut dx[i], n, inner))?)
     })?;
     // The work to be done counts without the zeros of the stack.
     let useful = flop + extra / count;
@@ -402,8 +426,8 @@ fn frozen(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Sit
     b.line(name("linear_lora_backward"), (0, 1), bytes, useful, |g, i| {
         let factors: Vec<_> =
             (0..count).map(|j| (j * out, view(&up[i], count * out, RANK).rows(j * out, out))).collect();
-        let dx_du = view_mut(&mut x[i], n, inner + rank);
-        Ok(g.linear_lora_backward(view(&y[i], n, all), &weights[i], &factors, 0.25, dx_du)?)
+        let dx_du = view_mut(&mut dx[i], n, inner + rank);
+        Ok(g.linear_lora_backward(view(&dy[i], n, all), &weights[i], &factors, 0.25, dx_du)?)
     })?;
     for few in [1, 16, 64, 256] {
         let name: &'static str = format!("linear {site}, {few} rows").leak();
@@ -417,7 +441,8 @@ fn frozen(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Sit
 fn lora(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Site) -> Result<()> {
     let (n, t) = (b.n, b.gpu.compute_dtype());
     let r = count * RANK;
-    let mut x = b.sets(t, n * inner)?;
+    let x = b.sets(t, n * inner)?;
+    let mut dx = b.sets(t, n * inner)?;
     let a = b.sets(t, r * inner)?;
     let mut u = b.sets(t, n * r)?;
     let up = b.sets(t, out * RANK)?;
@@ -430,11 +455,8 @@ fn lora(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Site)
     let name = |what: &str| -> &'static str { format!("lora {site}: {what}").leak() };
     let (wide, thin) = (n * (inner + r) + r * inner, n * (out + RANK) + out * RANK);
     let (wide_flop, thin_flop) = (2 * n * r * inner, 2 * n * out * RANK);
-    b.line(name("u = x·Aᵀ"), (1, 0), wide * 2, wide_flop, |g, i| {
+    b.line(name("u = x·Aᵀ"), (1, 1), wide * 2, wide_flop, |g, i| {
         Ok(g.matmul_nt(1.0, view(&x[i], n, inner), view(&a[i], r, inner), 0.0, view_mut(&mut u[i], n, r))?)
-    })?;
-    b.line(name("u = dropout(x)·Aᵀ"), (0, 1), wide * 2, wide_flop, |g, i| {
-        Ok(g.lora_down(view(&x[i], n, inner), d, view(&a[i], r, inner), &mut scratch, view_mut(&mut u[i], n, r))?)
     })?;
     let up_bytes = thin * 2 + n * out * if residual { 6 } else { 2 };
     b.line(name("y += s·u·Bᵀ"), (count, 0), up_bytes, thin_flop, |g, i| {
@@ -450,18 +472,14 @@ fn lora(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Site)
         let dy = view(&y[i], n, count * out).columns(0, out);
         Ok(g.matmul_tn(0.5, dy, view(&u[i], n, r).columns(0, RANK), 1.0, view_mut(&mut grad_b[i], out, RANK))?)
     })?;
-    b.line(name("dA += duᵀ·x"), (1, 0), wide * 2 + r * inner * 6, wide_flop, |g, i| {
+    b.line(name("dA += duᵀ·x"), (1, 1), wide * 2 + r * inner * 6, wide_flop, |g, i| {
         Ok(g.matmul_tn(1.0, view(&u[i], n, r), view(&x[i], n, inner), 1.0, view_mut(&mut grad_a[i], r, inner))?)
     })?;
-    b.line(name("dA += duᵀ·dropout(x)"), (0, 1), wide * 2 + r * inner * 6, wide_flop, |g, i| {
-        let da = view_mut(&mut grad_a[i], r, inner);
-        Ok(g.lora_gradient(view(&u[i], n, r), view(&x[i], n, inner), d, &mut scratch, da)?)
-    })?;
     b.line(name("dx = du·A"), (1, 0), wide * 2, wide_flop, |g, i| {
-        Ok(g.matmul_nn(1.0, view(&u[i], n, r), view(&a[i], r, inner), 0.0, view_mut(&mut x[i], n, inner))?)
+        Ok(g.matmul_nn(1.0, view(&u[i], n, r), view(&a[i], r, inner), 0.0, view_mut(&mut dx[i], n, inner))?)
     })?;
     b.line(name("dx += dropout(du·A)"), (0, 1), (wide + n * inner) * 2, wide_flop, |g, i| {
-        Ok(g.lora_backward(view(&u[i], n, r), view(&a[i], r, inner), d, &mut scratch, view_mut(&mut x[i], n, inner))?)
+        Ok(g.lora_backward(view(&u[i], n, r), view(&a[i], r, inner), d, &mut scratch, view_mut(&mut dx[i], n, inner))?)
     })
 }
 

@@ -9,14 +9,9 @@ DEVICE void dropout_(const T *x, i64 x_stride, T *out, i64 out_stride, u32 cols,
     float v[V], sum[V];
     Lane<V, T>::load(x + p.row * x_stride + p.column, v);
     if (ACCUMULATE) Lane<V, T>::load(out + p.row * out_stride + p.column, sum);
-    Bits bits = draw(mask, (u32)p.row, p.column / 8);
-    for (int i = 0; i < V; i++) {
-        u32 j = V == 8 ? i : p.column % 8;
-        u32 word = j < 4 ? (j < 2 ? bits.word[0] : bits.word[1]) : (j < 6 ? bits.word[2] : bits.word[3]);
-        u32 half = j % 2 ? word >> 16 : word & 0xffffu;
-        float kept = half >= mask.threshold ? v[i] * scale : 0.0f;
-        v[i] = ACCUMULATE ? sum[i] + kept : kept;
-    }
+    drop<T, V>(mask, scale, (u32)p.row, p.column, v);
+    if (ACCUMULATE)
+        for (int i = 0; i < V; i++) v[i] += sum[i];
     Lane<V, T>::store(out + p.row * out_stride + p.column, v);
 }
 

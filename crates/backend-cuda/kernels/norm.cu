@@ -1,12 +1,16 @@
-// RMSNorm and its backward (macros S: dtype of x, T: compute dtype); the backward can leave a copy of its result in T. One block of 256 threads a row; the second pass over
+// RMSNorm and its backward (macros S: dtype of x, T: compute dtype); the forward can leave a copy
+// with dropout, the backward one of its result in T. One block of 256 threads a row; the second pass over
 // the row finds it in the first-level cache.
 #include "common.cuh"
+#include "philox.cuh"
 
+// y, and dropped = dropout(y); either may be null.
 template <int V>
-DEVICE void rms_norm_(const S *x, i64 x_stride, const float *w, float epsilon, T *y, i64 y_stride, float *inv_rms, u32 cols) {
+DEVICE void rms_norm_(const S *x, i64 x_stride, const float *w, float epsilon, T *y, i64 y_stride, T *dropped, i64 dropped_stride,
+                      const Mask &mask, float scale, float *inv_rms, u32 cols) {
     __shared__ float scratch[33];
     i64 row = blockIdx.x;
-    x += row * x_stride, y += row * y_stride;
+    x += row * x_stride;
     float sum = 0.0f;
     for (u32 c = threadIdx.x * V; c < cols; c += blockDim.x * V) {
         float v[V];
@@ -15,11 +19,15 @@ DEVICE void rms_norm_(const S *x, i64 x_stride, const float *w, float epsilon, T
     }
     float inv = 1.0f / sqrtf(block_sum(sum, scratch) / (float)cols + epsilon);
     for (u32 c = threadIdx.x * V; c < cols; c += blockDim.x * V) {
-        float v[V], scale[V];
+        float v[V], factor[V];
         Lane<V, S>::load(x + c, v);
-        Lane<V, float>::load(w + c, scale);
-        for (int i = 0; i < V; i++) v[i] = v[i] * inv * scale[i];
-        Lane<V, T>::store(y + c, v);
+        Lane<V, float>::load(w + c, factor);
+        for (int i = 0; i < V; i++) v[i] = v[i] * inv * factor[i];
+        if (y) Lane<V, T>::store(y + row * y_stride + c, v);
+        if (dropped) {
+            drop<T, V>(mask, scale, (u32)row, c, v);
+            Lane<V, T>::store(dropped + row * dropped_stride + c, v);
+        }
     }
     if (threadIdx.x == 0) inv_rms[row] = inv;
 }
@@ -54,9 +62,10 @@ DEVICE void rms_norm_backward_(const T *dy, i64 dy_stride, const S *x, i64 x_str
 }
 
 #define KERNELS(V)                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256) rms_norm_##V(const S *x, i64 x_stride, const float *w, float epsilon, T *y, \
-                                                                   i64 y_stride, float *inv_rms, u32 cols) {                  \
-        rms_norm_<V>(x, x_stride, w, epsilon, y, y_stride, inv_rms, cols);                                                    \
+    extern "C" __global__ void __launch_bounds__(256)                                                                         \
+        rms_norm_##V(const S *x, i64 x_stride, const float *w, float epsilon, T *y, i64 y_stride, T *dropped,                 \
+                     i64 dropped_stride, Mask mask, float scale, float *inv_rms, u32 cols) {                                  \
+        rms_norm_<V>(x, x_stride, w, epsilon, y, y_stride, dropped, dropped_stride, mask, scale, inv_rms, cols);              \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                                         \
         rms_norm_backward_##V(const T *dy, i64 dy_stride, const S *x, i64 x_stride, const float *w, const float *inv_rms,     \

@@ -25,8 +25,15 @@ DEVICE Bits draw(const Mask &m, u32 row, u32 group) {
     return b;
 }
 
-// The halves of `pair` (two elements of a 16-bit type) that the mask keeps.
-DEVICE u32 keep(const Mask &m, u32 bits, u32 pair) {
-    u32 low = (bits & 0xffffu) >= m.threshold ? 0xffffu : 0, high = (bits >> 16) >= m.threshold ? 0xffff0000u : 0;
-    return pair & (low | high);
+// v as dropout leaves it when it reads v rounded to T: elements of `row` from `column` on, V = 8 (column a multiple of 8) or 1.
+template <typename T, int V> DEVICE void drop(const Mask &m, float scale, u32 row, u32 column, float (&v)[V]) {
+    Bits bits = draw(m, row, column / 8);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        u32 j = V == 8 ? i : column % 8;
+        u32 word = j < 4 ? (j < 2 ? bits.word[0] : bits.word[1]) : (j < 6 ? bits.word[2] : bits.word[3]);
+        T rounded;
+        from_f32(v[i], rounded);
+        v[i] = (j % 2 ? word >> 16 : word & 0xffffu) >= m.threshold ? to_f32(rounded) * scale : 0.0f;
+    }
 }

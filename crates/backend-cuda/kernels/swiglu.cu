@@ -1,7 +1,11 @@
-// SwiGLU and its backward (macro T): gate in the first f columns of gate_up, up in the last f.
+// SwiGLU, with a copy of its result under dropout, and its backward (macro T): gate in the first f columns of gate_up, up in the last f.
 #include "common.cuh"
+#include "philox.cuh"
 
-template <int V> DEVICE void swiglu_(const T *gate_up, i64 stride, T *h, i64 h_stride, u32 f, u32 chunks) {
+// h, and dropped = dropout(h); either may be null.
+template <int V>
+DEVICE void swiglu_(const T *gate_up, i64 stride, T *h, i64 h_stride, T *dropped, i64 dropped_stride, const Mask &mask, float scale, u32 f,
+                    u32 chunks) {
     Place p = place<V>(chunks);
     if (p.column >= f) return;
     const T *in = gate_up + p.row * stride + p.column;
@@ -9,7 +13,11 @@ template <int V> DEVICE void swiglu_(const T *gate_up, i64 stride, T *h, i64 h_s
     Lane<V, T>::load(in, g);
     Lane<V, T>::load(in + f, u);
     for (int i = 0; i < V; i++) g[i] = g[i] * sigmoid(g[i]) * u[i];
-    Lane<V, T>::store(h + p.row * h_stride + p.column, g);
+    if (h) Lane<V, T>::store(h + p.row * h_stride + p.column, g);
+    if (dropped) {
+        drop<T, V>(mask, scale, (u32)p.row, p.column, g);
+        Lane<V, T>::store(dropped + p.row * dropped_stride + p.column, g);
+    }
 }
 
 template <int V>
@@ -32,8 +40,9 @@ DEVICE void swiglu_backward_(const T *dh, i64 dh_stride, const T *gate_up, i64 s
 }
 
 #define KERNELS(V)                                                                                                           \
-    extern "C" __global__ void swiglu_##V(const T *gate_up, i64 stride, T *h, i64 h_stride, u32 f, u32 chunks) {              \
-        swiglu_<V>(gate_up, stride, h, h_stride, f, chunks);                                                                  \
+    extern "C" __global__ void swiglu_##V(const T *gate_up, i64 stride, T *h, i64 h_stride, T *dropped, i64 dropped_stride,   \
+                                          Mask mask, float scale, u32 f, u32 chunks) {                                        \
+        swiglu_<V>(gate_up, stride, h, h_stride, dropped, dropped_stride, mask, scale, f, chunks);                            \
     }                                                                                                                         \
     extern "C" __global__ void swiglu_backward_##V(const T *dh, i64 dh_stride, const T *gate_up, i64 stride, T *out,          \
                                                    i64 out_stride, u32 f, u32 chunks) {                                       \

@@ -25,7 +25,7 @@ const TILE: usize = 64;
 /// Queries (or keys) that pass through shared memory at a time; BK in the kernels.
 const STEP: usize = 32;
 /// Query rows of one part of the prefix's backward.
-const PART_ROWS: usize = 256;
+const PART_ROWS: usize = 512;
 /// Threads of a block.
 const THREADS: u32 = 128;
 /// Layouts kept: a training batch has one, a service a few.
@@ -211,7 +211,7 @@ impl Core {
 
     /// Bytes of `rows` shared rows and of the stages behind them.
     fn shared_bytes(&self, heads: &Heads, rows: usize, scalars: usize) -> u32 {
-        let stages = if self.device.facts.sm >= 80 { 3 } else { 1 };
+        let stages = if self.device.facts.sm >= 80 { 2 } else { 1 };
         (rows * heads.dim * 2 + stages * (2 * STEP * heads.dim * 2 + scalars * STEP * 4)) as u32
     }
 
@@ -281,7 +281,7 @@ impl Core {
         let ([q, k, v], [dq, dk, dv]) = (split(qkv), split(dqkv));
         let (o, d_o) = (Strided::from(o), Strided::from(d_o));
         let shared_q = self.shared_bytes(&heads, 2 * TILE, 0);
-        let shared_kv = self.shared_bytes(&heads, 2 * TILE, 3);
+        let shared_kv = self.shared_bytes(&heads, 2 * TILE, 3) + (TILE * 128) as u32;
         let matrices = self.by_matrices(&heads, &all, shared_q.max(shared_kv));
         let words = on_device.words.ptr();
         let at = |offset: usize| words + offset as u64 * 4;
@@ -332,7 +332,11 @@ impl Core {
             // every row's D and every slot.
             unsafe {
                 first.go((on_device.tiles, heads.q, 1), THREADS, if matrices { shared_q } else { 0 })?;
-                second.go((count, heads.kv(), 1), THREADS, if matrices { shared_kv } else { 0 })?;
+                second.go(
+                    (count, heads.kv(), 1),
+                    if matrices { 2 * THREADS } else { THREADS },
+                    if matrices { shared_kv } else { 0 },
+                )?;
                 if slots > 0 {
                     let reduce = self
                         .attention_launch(&heads, true, ["attention_reduce", ""])?

@@ -186,38 +186,38 @@ impl CudaBackend {
         Graph::capture(&self.core.device, work)
     }
 
-    /// `u ← dropout(x)·aᵀ`: x T `[n, in]`, a T `[r, in]`, u T `[n, r]`. `scratch` (T, n·in elements) is used where no kernel does it in
-    /// one pass.
+    /// [`rms_norm`](Backend::rms_norm) that writes y, or dropout(y), or both in one pass.
     ///
     /// # Errors
     /// The device fails.
-    pub fn lora_down(
+    pub fn rms_norm_dropout(
         &self,
         x: Mat<'_, CudaBuffer>,
-        dropout: Option<Dropout>,
-        a: Mat<'_, CudaBuffer>,
-        scratch: &mut CudaBuffer,
-        u: MatMut<'_, CudaBuffer>,
+        w: &CudaBuffer,
+        epsilon: f32,
+        y: Option<MatMut<'_, CudaBuffer>>,
+        dropped: (Dropout, MatMut<'_, CudaBuffer>),
+        inv_rms: &mut CudaBuffer,
     ) -> Result<()> {
-        self.core.lora_down(of(x), dropout, of(a), whole(scratch), of_mut(&u))
+        let dropped = Some((dropped.0, of_mut(&dropped.1)));
+        self.core.rms_norm(of(x), w, epsilon, y.as_ref().map(of_mut), dropped, inv_rms)
     }
 
-    /// `da ← da + duᵀ·dropout(x)`: du T `[n, r]`, x T `[n, in]`, da f32 `[r, in]`.
+    /// [`swiglu`](Backend::swiglu) that writes h, or dropout(h), or both in one pass.
     ///
     /// # Errors
     /// The device fails.
-    pub fn lora_gradient(
+    pub fn swiglu_dropout(
         &self,
-        du: Mat<'_, CudaBuffer>,
-        x: Mat<'_, CudaBuffer>,
-        dropout: Option<Dropout>,
-        scratch: &mut CudaBuffer,
-        da: MatMut<'_, CudaBuffer>,
+        gate_up: Mat<'_, CudaBuffer>,
+        h: Option<MatMut<'_, CudaBuffer>>,
+        dropped: (Dropout, MatMut<'_, CudaBuffer>),
     ) -> Result<()> {
-        self.core.lora_gradient(of(du), of(x), dropout, whole(scratch), of_mut(&da))
+        self.core.swiglu(of(gate_up), h.as_ref().map(of_mut), Some((dropped.0, of_mut(&dropped.1))))
     }
 
-    /// `dx ← dx + dropout(du·a)`: du T `[n, r]`, a T `[r, in]`, dx T `[n, in]`.
+    /// `dx ← dx + dropout(du·a)`: du T `[n, r]`, a T `[r, in]`, dx T `[n, in]`. `scratch` (T, n·in elements) is used where no kernel does
+    /// it in one pass.
     ///
     /// # Errors
     /// The device fails.
@@ -472,7 +472,7 @@ impl Backend for CudaBackend {
         y: MatMut<'_, CudaBuffer>,
         inv_rms: &mut CudaBuffer,
     ) -> Result<()> {
-        self.core.rms_norm(of(x), w, epsilon, of_mut(&y), inv_rms)
+        self.core.rms_norm(of(x), w, epsilon, Some(of_mut(&y)), None, inv_rms)
     }
 
     fn rms_norm_backward(
@@ -583,7 +583,7 @@ impl Backend for CudaBackend {
     }
 
     fn swiglu(&self, gate_up: Mat<'_, CudaBuffer>, h: MatMut<'_, CudaBuffer>) -> Result<()> {
-        self.core.swiglu(of(gate_up), of_mut(&h))
+        self.core.swiglu(of(gate_up), Some(of_mut(&h)), None)
     }
 
     fn swiglu_backward(

@@ -1,8 +1,9 @@
-//! Products with LoRA's thin matrices where a kernel of our own moves fewer bytes than cuBLASLt and a separate dropout would.
+//! What LoRA needs beside cuBLASLt: the gradient that passes back through a dropped-out input in one pass over dx, and the copy of the
+//! up-projections behind a frozen weight.
 //!
-//! The dropout mask is a function of (seed, step, site, row, column), so a kernel that reads x can draw it on the way: neither the
-//! masked input nor the gradient before the mask is ever written. What a kernel cannot take (f32, ranks above 192 or that are no
-//! multiple of eight, unaligned views) goes through dropout and cuBLASLt, with the same result up to rounding.
+//! The dropout mask is a function of (seed, step, site, row, column), so a kernel can draw it where it needs it. What a kernel cannot take
+//! (f32, ranks above 192 or that are no multiple of eight, unaligned views) goes through cuBLASLt and a separate dropout, with the same
+//! result up to rounding.
 
 use cashtag_backend::{Dropout, Dtype, Result, philox};
 
@@ -72,14 +73,10 @@ struct FactorList {
 }
 impl Argument for FactorList {}
 
-fn mask_and_scale(dropout: Option<Dropout>) -> (Mask, f32) {
+pub(crate) fn mask_and_scale(dropout: Option<Dropout>) -> (Mask, f32) {
     dropout.map_or((Mask::default(), 1.0), |d| (d.into(), 1.0 / (1.0 - d.p)))
 }
 
-/// Rows (or columns) of the wide operand that one step of a kernel reads.
-const STEP: usize = 64;
-/// Steps that a part of a sum has at least.
-const SHORTEST_PART: usize = 6;
 /// Factors that one frozen weight may have: q, k, v; gate, up.
 const MAX_FACTORS: usize = 4;
 
@@ -97,113 +94,6 @@ impl Core {
         fits.then(|| (Variant { rank: Some(padded as u32), ..Variant::of(Family::Lora, self.compute) }, padded))
     }
 
-    /// STAGES in the kernels.
-    fn lora_stages(&self, padded: usize) -> usize {
-        match (self.device.facts.sm, padded) {
-            (..80, _) => 1,
-            (86 | 89, _) => 2,
-            (_, 64) => 4,
-            _ => 3,
-        }
-    }
-
-    /// Into how many parts the kernels cut a sum of `steps` steps when `tiles` blocks share the rest of the work, and steps of a part:
-    /// about `blocks` for each multiprocessor, but not so many that the parts are too short to keep copies under way.
-    fn splits(&self, tiles: usize, steps: usize, blocks: usize) -> (usize, usize) {
-        let wanted = blocks * self.device.facts.multiprocessors as usize / tiles.max(1);
-        let wanted = wanted.min(steps / SHORTEST_PART).max(1);
-        let each = steps.div_ceil(wanted).max(1);
-        (steps.div_ceil(each).max(1), each)
-    }
-
-    /// `u ← dropout(x)·aᵀ`.
-    pub(crate) fn lora_down(&self, x: View, dropout: Option<Dropout>, a: View, scratch: View, u: View) -> Result<()> {
-        assert_eq!((x.rows, x.cols, a.rows), (u.rows, a.cols, u.cols), "lora_down: shapes do not fit");
-        let (n, inner, rank) = (x.rows, x.cols, a.rows);
-        let Some((variant, padded)) = self.lora_variant(rank, &[&x, &a, &u]) else {
-            let x = self.dropped(x, dropout, scratch)?;
-            return self.gemm.multiply(Form::Nt, 1.0, x, a, 0.0, u);
-        };
-        let (mask, scale) = mask_and_scale(dropout);
-        let tiles = n.div_ceil(64);
-        let (splits, steps) = self.splits(tiles, inner.div_ceil(STEP), if padded == 64 { 4 } else { 2 });
-        self.partials.with(&self.allocator, splits * n * rank * 4, |partials| {
-            let first = Launch::new(&self.device, self.kernels.get(variant, "lora_down")?)
-                .arg(x.ptr)
-                .arg(x.stride as i64)
-                .arg(a.ptr)
-                .arg(a.stride as i64)
-                .arg(n as u32)
-                .arg(inner as u32)
-                .arg(rank as u32)
-                .arg(steps as u32)
-                .arg(mask)
-                .arg(partials);
-            let second = Launch::new(&self.device, self.kernels.get(variant, "lora_down_finish")?)
-                .arg(partials)
-                .arg(splits as u32)
-                .arg(n as u32)
-                .arg(rank as u32)
-                .arg(scale)
-                .arg(u.ptr)
-                .arg(u.stride as i64);
-            let shared = (self.lora_stages(padded) * (64 + padded) * 128) as u32;
-            // SAFETY: views were checked against their buffers; the partials have a place for every split.
-            unsafe {
-                first.go((tiles as u32, splits as u32, 1), 128, shared)?;
-                second.go(((n * rank).div_ceil(2048) as u32, 1, 1), 256, 0)
-            }
-        })
-    }
-
-    /// `da ← da + duᵀ·dropout(x)`.
-    pub(crate) fn lora_gradient(
-        &self,
-        du: View,
-        x: View,
-        dropout: Option<Dropout>,
-        scratch: View,
-        da: View,
-    ) -> Result<()> {
-        assert_eq!((x.rows, x.cols, du.cols), (du.rows, da.cols, da.rows), "lora_gradient: shapes do not fit");
-        assert_eq!(da.dtype, Dtype::F32, "da is float32");
-        let (n, inner, rank) = (x.rows, x.cols, du.cols);
-        let Some((variant, padded)) = self.lora_variant(rank, &[&x, &du, &da]) else {
-            let x = self.dropped(x, dropout, scratch)?;
-            return self.gemm.multiply(Form::Tn, 1.0, du, x, 1.0, da);
-        };
-        let (mask, scale) = mask_and_scale(dropout);
-        let tiles = inner.div_ceil(64);
-        let (splits, steps) = self.splits(tiles, n.div_ceil(STEP), 4);
-        self.partials.with(&self.allocator, splits * rank * inner * 4, |partials| {
-            let first = Launch::new(&self.device, self.kernels.get(variant, "lora_gradient")?)
-                .arg(du.ptr)
-                .arg(du.stride as i64)
-                .arg(x.ptr)
-                .arg(x.stride as i64)
-                .arg(n as u32)
-                .arg(inner as u32)
-                .arg(rank as u32)
-                .arg(steps as u32)
-                .arg(mask)
-                .arg(partials);
-            let second = Launch::new(&self.device, self.kernels.get(variant, "lora_gradient_finish")?)
-                .arg(partials)
-                .arg(splits as u32)
-                .arg(rank as u32)
-                .arg(inner as u32)
-                .arg(scale)
-                .arg(da.ptr)
-                .arg(da.stride as i64);
-            let shared = (self.lora_stages(padded) * (64 * 128 + 64 * padded * 2)) as u32;
-            // SAFETY: as above.
-            unsafe {
-                first.go((tiles as u32, splits as u32, 1), 256, shared)?;
-                second.go(((rank * inner).div_ceil(1024) as u32, 1, 1), 256, 0)
-            }
-        })
-    }
-
     /// `dx ← dx + dropout(du·a)`: the backward of [`lora_down`](Self::lora_down) for its input.
     pub(crate) fn lora_backward(
         &self,
@@ -218,7 +108,7 @@ impl Core {
         let fits = dx.dtype == self.compute && self.lora_shared(du.cols) <= self.device.facts.shared_memory;
         match (self.lora_variant(du.cols, &[&du, &a, &dx]).filter(|_| fits), dropout) {
             (Some((variant, _)), _) => {
-                let launch = Launch::new(&self.device, self.kernels.get(variant, "lora_apply")?)
+                let launch = Launch::new(&self.device, self.kernels.get(variant, "lora_backward")?)
                     .arg(du.ptr)
                     .arg(du.stride as i64)
                     .arg(a.ptr)
@@ -275,14 +165,5 @@ impl Core {
             .arg(room.stride as i64);
         // SAFETY: the factors' views were checked against their buffers; the room is a part of a weight or of the workspace.
         unsafe { launch.go(((room.rows * chunks).div_ceil(256) as u32, 1, 1), 256, 0) }
-    }
-
-    /// dropout(x), in `scratch` if there is any dropout.
-    fn dropped(&self, x: View, dropout: Option<Dropout>, scratch: View) -> Result<View> {
-        let Some(d) = dropout else { return Ok(x) };
-        assert!(scratch.dtype == self.compute && scratch.cols >= x.rows * x.cols, "scratch holds x once");
-        let to = View { rows: x.rows, cols: x.cols, stride: x.cols, ..scratch };
-        self.dropout(x, d, false, to)?;
-        Ok(to)
     }
 }

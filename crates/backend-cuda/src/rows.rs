@@ -5,7 +5,7 @@ use cashtag_backend::{AdamW, Dropout, Dtype, Result};
 use crate::Core;
 use crate::driver::Launch;
 use crate::kernels::{Family, Variant};
-use crate::lora::Mask;
+use crate::lora::{Mask, mask_and_scale};
 use crate::memory::{CudaBuffer, View};
 
 const THREADS: u32 = 256;
@@ -32,6 +32,15 @@ impl Walk {
         let wide = views.iter().all(|v| v.wide());
         Self::new(views[0].rows, views[0].cols, if wide { 8 } else { 1 }, wide)
     }
+}
+
+/// See [`Core::outputs`].
+struct Outputs {
+    plain: (u64, i64),
+    dropped: (u64, i64),
+    mask: Mask,
+    scale: f32,
+    wide: bool,
 }
 
 macro_rules! width {
@@ -171,19 +180,34 @@ impl Core {
         unsafe { launch.go((walk.blocks, 1, 1), walk.threads, 0) }
     }
 
-    pub(crate) fn rms_norm(&self, x: View, w: &CudaBuffer, epsilon: f32, y: View, inv_rms: &CudaBuffer) -> Result<()> {
-        Self::shapes(x, y);
-        self.computes(&[&y]);
+    /// `y`, and `dropped` = dropout(y); either may be left out.
+    pub(crate) fn rms_norm(
+        &self,
+        x: View,
+        w: &CudaBuffer,
+        epsilon: f32,
+        y: Option<View>,
+        dropped: Option<(Dropout, View)>,
+        inv_rms: &CudaBuffer,
+    ) -> Result<()> {
+        let outputs = self.outputs(x.rows, x.cols, y, dropped);
         self.floats(&[&x]);
         let (w, inv_rms) = (f32s(w, x.cols, "w"), f32s(inv_rms, x.rows, "inv_rms"));
         let launch = self
-            .launch(Variant::from_to(Family::Norm, x.dtype, self.compute), width!(x.wide() && y.wide(), "rms_norm"))?
+            .launch(
+                Variant::from_to(Family::Norm, x.dtype, self.compute),
+                width!(x.wide() && outputs.wide, "rms_norm"),
+            )?
             .arg(x.ptr)
             .arg(x.stride as i64)
             .arg(w)
             .arg(epsilon)
-            .arg(y.ptr)
-            .arg(y.stride as i64)
+            .arg(outputs.plain.0)
+            .arg(outputs.plain.1)
+            .arg(outputs.dropped.0)
+            .arg(outputs.dropped.1)
+            .arg(outputs.mask)
+            .arg(outputs.scale)
             .arg(inv_rms)
             .arg(x.cols as u32);
         // SAFETY: views and buffers were checked.
@@ -265,21 +289,46 @@ impl Core {
         unsafe { launch.go((x.rows as u32, 1, 1), threads, 0) }
     }
 
-    pub(crate) fn swiglu(&self, gate_up: View, h: View) -> Result<()> {
-        assert_eq!((gate_up.rows, gate_up.cols), (h.rows, 2 * h.cols), "gate_up holds gate and up of h");
-        self.computes(&[&gate_up, &h]);
-        let (gate, up) = (gate_up.columns(0, h.cols), gate_up.columns(h.cols, h.cols));
-        let walk = Walk::of(&[&h, &gate, &up]);
+    /// `h`, and `dropped` = dropout(h); either may be left out.
+    pub(crate) fn swiglu(&self, gate_up: View, h: Option<View>, dropped: Option<(Dropout, View)>) -> Result<()> {
+        assert!(gate_up.cols.is_multiple_of(2), "gate_up holds gate and up");
+        let f = gate_up.cols / 2;
+        let outputs = self.outputs(gate_up.rows, f, h, dropped);
+        self.computes(&[&gate_up]);
+        let wide = gate_up.columns(0, f).wide() && gate_up.columns(f, f).wide() && outputs.wide;
+        let walk = Walk::new(gate_up.rows, f, if wide { 8 } else { 1 }, wide);
         let launch = self
             .launch(Variant::of(Family::Swiglu, self.compute), width!(walk.wide, "swiglu"))?
             .arg(gate_up.ptr)
             .arg(gate_up.stride as i64)
-            .arg(h.ptr)
-            .arg(h.stride as i64)
-            .arg(h.cols as u32)
+            .arg(outputs.plain.0)
+            .arg(outputs.plain.1)
+            .arg(outputs.dropped.0)
+            .arg(outputs.dropped.1)
+            .arg(outputs.mask)
+            .arg(outputs.scale)
+            .arg(f as u32)
             .arg(walk.chunks);
         // SAFETY: the views were checked against their buffers.
         unsafe { launch.go((walk.blocks, 1, 1), walk.threads, 0) }
+    }
+
+    /// Arguments for a result and its copy under dropout.
+    fn outputs(&self, rows: usize, cols: usize, plain: Option<View>, dropped: Option<(Dropout, View)>) -> Outputs {
+        let mut outputs = Outputs { plain: (0, 0), dropped: (0, 0), mask: Mask::default(), scale: 1.0, wide: true };
+        let mut place = |v: View| {
+            assert_eq!((v.rows, v.cols), (rows, cols), "shapes differ");
+            self.computes(&[&v]);
+            outputs.wide &= v.wide();
+            (v.ptr, v.stride as i64)
+        };
+        let plain = plain.map_or((0, 0), &mut place);
+        let copy = dropped.map_or((0, 0), |(_, v)| place(v));
+        (outputs.plain, outputs.dropped) = (plain, copy);
+        if let Some((dropout, _)) = dropped {
+            (outputs.mask, outputs.scale) = mask_and_scale(Some(dropout));
+        }
+        outputs
     }
 
     pub(crate) fn swiglu_backward(&self, dh: View, gate_up: View, out: View) -> Result<()> {

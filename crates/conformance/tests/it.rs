@@ -103,93 +103,78 @@ mod cuda_fused {
     }
 
     #[test]
-    fn lora_with_dropout_on_the_way() {
+    fn results_with_a_dropped_out_copy() {
         for compute in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
             let Some(gpu) = backend(compute) else { return };
             let t = compute;
-            let allowed = Tolerance::of(compute).product;
+            for (n, d) in [(1, 64), (150, 576), (33, 90)] {
+                let dropout = Dropout { p: 0.1, seed: 99, step: 3, site: 5 };
+                let what = format!("{} {n} × {d}", t.name());
+                let (x, w) = (filled(&gpu, Dtype::F32, n * d, 1), filled(&gpu, Dtype::F32, d, 2));
+                let zeros = |dtype, len| gpu.zeros(dtype, len).unwrap();
+                let (mut y, mut inv, mut expected) = (zeros(t, n * d), zeros(Dtype::F32, n), zeros(t, n * d));
+                gpu.rms_norm(Mat::new(&x, n, d), &w, 1e-5, MatMut::new(&mut y, n, d), &mut inv).unwrap();
+                gpu.dropout(Mat::new(&y, n, d), dropout, false, MatMut::new(&mut expected, n, d)).unwrap();
+                let (mut both, mut copy, mut alone) = (zeros(t, n * d), zeros(t, n * d), zeros(t, n * d));
+                let out = Some(MatMut::new(&mut both, n, d));
+                gpu.rms_norm_dropout(
+                    Mat::new(&x, n, d),
+                    &w,
+                    1e-5,
+                    out,
+                    (dropout, MatMut::new(&mut copy, n, d)),
+                    &mut inv,
+                )
+                .unwrap();
+                gpu.rms_norm_dropout(
+                    Mat::new(&x, n, d),
+                    &w,
+                    1e-5,
+                    None,
+                    (dropout, MatMut::new(&mut alone, n, d)),
+                    &mut inv,
+                )
+                .unwrap();
+                assert_eq!(read(&gpu, &both), read(&gpu, &y), "rms_norm {what}");
+                assert_eq!(read(&gpu, &copy), read(&gpu, &expected), "rms_norm {what}");
+                assert_eq!(read(&gpu, &alone), read(&gpu, &expected), "rms_norm {what}");
+
+                let gate_up = filled(&gpu, t, 2 * n * d, 3);
+                gpu.swiglu(Mat::new(&gate_up, n, 2 * d), MatMut::new(&mut y, n, d)).unwrap();
+                gpu.dropout(Mat::new(&y, n, d), dropout, false, MatMut::new(&mut expected, n, d)).unwrap();
+                let out = Some(MatMut::new(&mut both, n, d));
+                gpu.swiglu_dropout(Mat::new(&gate_up, n, 2 * d), out, (dropout, MatMut::new(&mut copy, n, d))).unwrap();
+                gpu.swiglu_dropout(Mat::new(&gate_up, n, 2 * d), None, (dropout, MatMut::new(&mut alone, n, d)))
+                    .unwrap();
+                assert_eq!(read(&gpu, &both), read(&gpu, &y), "swiglu {what}");
+                assert_eq!(read(&gpu, &copy), read(&gpu, &expected), "swiglu {what}");
+                assert_eq!(read(&gpu, &alone), read(&gpu, &expected), "swiglu {what}");
+            }
+        }
+    }
+
+    #[test]
+    fn lora_backward_with_dropout_on_the_way() {
+        for compute in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+            let Some(gpu) = backend(compute) else { return };
+            let t = compute;
             for (n, inner, rank) in [(1, 64, 8), (150, 576, 24), (333, 1536, 128), (1740, 4096, 192), (300, 100, 12)] {
-                for p in [0.0, 0.1] {
-                    let d = (p > 0.0).then_some(Dropout { p, seed: 99, step: 3, site: 5 });
-                    let (x, a, du) =
-                        (filled(&gpu, t, n * inner, 1), filled(&gpu, t, rank * inner, 2), filled(&gpu, t, n * rank, 3));
-                    let mut scratch = gpu.zeros(t, n * inner).unwrap();
-                    let mut x_hat = gpu.zeros(t, n * inner).unwrap();
-                    match d {
-                        Some(d) => {
-                            gpu.dropout(Mat::new(&x, n, inner), d, false, MatMut::new(&mut x_hat, n, inner)).unwrap()
-                        }
-                        None => gpu.copy(Mat::new(&x, n, inner), MatMut::new(&mut x_hat, n, inner)).unwrap(),
-                    }
-                    let what = format!("{} {n} × {inner}, rank {rank}, p {p}", t.name());
-                    let check = |name: &str, got: &CudaBuffer, expected: &CudaBuffer, allowed: f64| {
-                        let e = error(&read(&gpu, got), &read(&gpu, expected));
-                        assert!(e <= allowed, "{name}, {what}: {e:.2e}");
-                    };
-
-                    let (mut u, mut expected) = (gpu.zeros(t, n * rank).unwrap(), gpu.zeros(t, n * rank).unwrap());
-                    gpu.matmul_nt(
-                        1.0,
-                        Mat::new(&x_hat, n, inner),
-                        Mat::new(&a, rank, inner),
-                        0.0,
-                        MatMut::new(&mut expected, n, rank),
-                    )
-                    .unwrap();
-                    gpu.lora_down(
-                        Mat::new(&x, n, inner),
-                        d,
-                        Mat::new(&a, rank, inner),
-                        &mut scratch,
-                        MatMut::new(&mut u, n, rank),
-                    )
-                    .unwrap();
-                    check("lora_down", &u, &expected, allowed);
-
-                    let (mut da, mut expected) =
-                        (filled(&gpu, Dtype::F32, rank * inner, 4), filled(&gpu, Dtype::F32, rank * inner, 4));
-                    gpu.matmul_tn(
-                        1.0,
-                        Mat::new(&du, n, rank),
-                        Mat::new(&x_hat, n, inner),
-                        1.0,
-                        MatMut::new(&mut expected, rank, inner),
-                    )
-                    .unwrap();
-                    gpu.lora_gradient(
-                        Mat::new(&du, n, rank),
-                        Mat::new(&x, n, inner),
-                        d,
-                        &mut scratch,
-                        MatMut::new(&mut da, rank, inner),
-                    )
-                    .unwrap();
-                    check("lora_gradient", &da, &expected, allowed);
-
+                for d in [None, Some(Dropout { p: 0.1, seed: 99, step: 3, site: 5 })] {
+                    let (a, du) = (filled(&gpu, t, rank * inner, 2), filled(&gpu, t, n * rank, 3));
+                    let (mut scratch, mut product) =
+                        (gpu.zeros(t, n * inner).unwrap(), gpu.zeros(t, n * inner).unwrap());
                     let (mut dx, mut expected) = (filled(&gpu, t, n * inner, 5), filled(&gpu, t, n * inner, 5));
-                    gpu.matmul_nn(
-                        1.0,
-                        Mat::new(&du, n, rank),
-                        Mat::new(&a, rank, inner),
-                        0.0,
-                        MatMut::new(&mut x_hat, n, inner),
-                    )
-                    .unwrap();
+                    let (du, a) = (Mat::new(&du, n, rank), Mat::new(&a, rank, inner));
+                    gpu.matmul_nn(1.0, du, a, 0.0, MatMut::new(&mut product, n, inner)).unwrap();
+                    let to = MatMut::new(&mut expected, n, inner);
                     match d {
-                        Some(d) => gpu
-                            .dropout(Mat::new(&x_hat, n, inner), d, true, MatMut::new(&mut expected, n, inner))
-                            .unwrap(),
-                        None => gpu.add(Mat::new(&x_hat, n, inner), MatMut::new(&mut expected, n, inner)).unwrap(),
+                        Some(d) => gpu.dropout(Mat::new(&product, n, inner), d, true, to).unwrap(),
+                        None => gpu.add(Mat::new(&product, n, inner), to).unwrap(),
                     }
-                    gpu.lora_backward(
-                        Mat::new(&du, n, rank),
-                        Mat::new(&a, rank, inner),
-                        d,
-                        &mut scratch,
-                        MatMut::new(&mut dx, n, inner),
-                    )
-                    .unwrap();
-                    check("lora_backward", &dx, &expected, allowed);
+                    gpu.lora_backward(du, a, d, &mut scratch, MatMut::new(&mut dx, n, inner)).unwrap();
+                    let e = error(&read(&gpu, &dx), &read(&gpu, &expected));
+                    let allowed = Tolerance::of(compute).product;
+                    assert!(e <= allowed, "{} {n} × {inner}, rank {rank}, {d:?}: {e:.2e}", t.name());
                 }
             }
         }

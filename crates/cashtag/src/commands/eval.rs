@@ -9,12 +9,12 @@ use cashtag_corpus::{Example, builtin_split};
 use cashtag_eval::report::Description;
 
 use crate::exit::Usage;
+use crate::output;
 use crate::pipeline::data::{self, Reading};
 use crate::pipeline::device::{self, Job};
 use crate::pipeline::engine::{self, Classifier, LabelledText, Opened};
 use crate::pipeline::sides::{MOST_SIDES, Side, Sides, letter};
 use crate::settings::{Flags, Inference, Settings};
-use crate::output;
 
 #[derive(clap::Args)]
 #[command(
@@ -172,9 +172,7 @@ fn contestants(flags: &Flags<Inference>) -> anyhow::Result<Vec<Settings>> {
 fn texts(args: &Args, settings: &Settings) -> anyhow::Result<(String, Vec<Example>)> {
     let configured = settings.data.eval_source.as_ref().map(|path| path.display().to_string());
     match args.data.clone().or(configured) {
-        Some(path) if path != "builtin" => {
-            Ok((path.clone(), data::read(&data::resolve(&path)?, &args.reading)?))
-        }
+        Some(path) if path != "builtin" => Ok((path.clone(), data::read(&data::resolve(&path)?, &args.reading)?)),
         _ => Ok(("built-in corpus, held-out part".into(), builtin_split()?.held_out)),
     }
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Instant;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use cashtag_backend::Backend;
 use cashtag_corpus::ReadOptions;
 use cashtag_corpus::formats::{Chunk, Columns, ExampleReader, Format, RowReader, RowWriter};
@@ -17,6 +17,7 @@ use serde_json::Value;
 use crate::exit::{self, Usage};
 use crate::output;
 use crate::pipeline::answers::{AnswerColumns, best};
+use crate::pipeline::data::hinted;
 use crate::pipeline::device::{self, Job};
 use crate::pipeline::engine::{self, Classifier, Opened};
 use crate::progress::{Progress, Unit};
@@ -34,7 +35,7 @@ cashtag predict --in tweets.parquet --out scored.csv --adapter runs/mine\n\n\
 A file keeps all its columns, in their order; label, confidence and one p_… for each label are added.")]
 pub(crate) struct Args {
     /// A text, or `-` for standard input, one text a line [default: standard input]
-    #[arg(value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "input")]
+    #[arg(value_name = "TEXT", allow_hyphen_values = true, conflicts_with_all = ["input", "out", "text_column"])]
     text: Option<String>,
     /// Classify the rows of this .csv, .tsv, .jsonl, .parquet or .txt file
     #[arg(long = "in", id = "input", value_name = "FILE")]
@@ -151,7 +152,7 @@ impl Counted {
                 Err(error) => {
                     let culprit = given.iter().find(|&&i| texts[i].is_some_and(|t| !classifier.takes(t)));
                     return Err(match culprit {
-                        Some(&i) => error.context(place(i)),
+                        Some(&i) => anyhow!("{}: {error:#}", place(i)),
                         None => error,
                     });
                 }
@@ -268,29 +269,42 @@ struct Table {
     path: PathBuf,
     out: Option<PathBuf>,
     columns: Columns,
+    rows: u64,
 }
 
 impl Table {
-    /// Looks at the beginning of the file, so that what is wrong with it is said before a model is loaded.
+    /// Reads the whole file once: what is wrong with a row is said before a model is loaded and hours are spent on the rows
+    /// before it, and how many there are gives the time left.
     fn open(path: PathBuf, out: Option<PathBuf>, text_column: Option<String>) -> anyhow::Result<Self> {
         if path.is_dir() {
             bail!("{} is a directory\n  hint: --in takes one file", path.display());
         }
         if path.exists() && !path.is_file() {
-            // It is read twice: once for its columns.
+            // It is read more than once.
             bail!("{} is no regular file\n  hint: pipe texts to standard input instead", path.display());
         }
-        if out.as_ref().is_some_and(|out| out.is_dir()) {
-            bail!("--out is a directory\n  hint: name a file, for example scored.csv");
+        // A finished file takes the place of what has its name: a device or a directory must not be lost so.
+        if let Some(out) = out.as_ref().filter(|out| out.exists() && !out.is_file()) {
+            bail!(
+                "{} is no regular file\n  hint: name a file such as scored.csv, or leave --out out to print",
+                out.display()
+            );
         }
         let options = ReadOptions { text_column, require_label: false, ..ReadOptions::default() };
-        let columns = ExampleReader::open(&path, &options)?.columns().clone();
-        Ok(Self { path, out, columns })
+        let reader = ExampleReader::open(&path, &options).map_err(|e| hinted(e, "the file needs a column of texts"))?;
+        let columns = reader.columns().clone();
+        let bar = Progress::new("reading", Unit::Of("rows"), None);
+        let mut rows = 0;
+        for chunk in RowReader::open(&path)? {
+            rows += chunk?.len() as u64;
+            bar.set_position(rows);
+        }
+        Ok(Self { path, out, columns, rows })
     }
 
     /// The text of each row.
     fn texts(&self, chunk: &Chunk) -> anyhow::Result<Vec<Option<String>>> {
-        let failed = |message: String| anyhow::anyhow!("{}: {message}", self.path.display());
+        let failed = |message: String| anyhow!("{}: {message}", self.path.display());
         if self.columns.chat {
             let messages = chunk.values(&self.columns.text).map_err(failed)?;
             return Ok(messages.iter().map(last_user_message).collect());
@@ -327,14 +341,8 @@ impl Table {
                 RowWriter::to_stream("standard output", Box::new(Stdout), format, &reader, &new)?
             }
         };
-        let bar = Progress::new("classifying", Unit::Of("texts"), None);
-        let mut rows = 0u64;
+        let bar = Progress::new("classifying", Unit::Of("texts"), Some(self.rows));
         while let Some(chunk) = reader.next().transpose()? {
-            // How many rows there are is only known from how far the first ones reach into the file.
-            let seen = rows + chunk.len() as u64;
-            if let Some(share) = reader.progress().filter(|share| *share > 0.0) {
-                bar.set_total((seen as f64 / share).round() as u64);
-            }
             let texts = self.texts(&chunk)?;
             let mut added: Vec<Vec<Value>> = vec![Vec::with_capacity(chunk.len()); new.len()];
             for (batch, texts) in texts.chunks(BATCH).enumerate() {
@@ -349,7 +357,6 @@ impl Table {
                 bar.inc(texts.len() as u64);
             }
             writer.write(&chunk, &added)?;
-            rows = seen;
         }
         drop(bar);
         writer.finish()?;

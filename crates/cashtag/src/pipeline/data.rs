@@ -126,10 +126,14 @@ pub(crate) fn load(settings: &Settings, reading: &Reading, default_train: Option
 /// # Errors
 /// There is none; the hint says what to do.
 pub(crate) fn resolve(name: &str) -> anyhow::Result<PathBuf> {
-    hub::resolve_dataset(name).map_err(|e| match e.to_string() {
-        text if text.contains("hint:") => e,
-        text => anyhow!("{text}\n  hint: check the path"),
-    })
+    hub::resolve_dataset(name).map_err(|e| hinted(e, "check the path"))
+}
+
+/// The error with this hint, if it has none of its own.
+pub(crate) fn hinted(error: impl Into<anyhow::Error>, hint: &str) -> anyhow::Error {
+    let error = error.into();
+    let text = format!("{error:#}");
+    if text.contains("hint:") { error } else { anyhow!("{text}\n  hint: {hint}") }
 }
 
 /// Reads a labelled file, or the files of a directory; says which columns were taken.
@@ -140,7 +144,8 @@ pub(crate) fn read(path: &Path, reading: &Reading) -> anyhow::Result<Vec<Example
     let options = reading.options()?;
     let mut all = Vec::new();
     for file in data_files(path)? {
-        let (examples, columns) = read_examples_reported(&file, &options)?;
+        let (examples, columns) = read_examples_reported(&file, &options)
+            .map_err(|e| hinted(e, "a data file has a column of texts and one of labels"))?;
         output::note(format!("{}: {} examples, {columns}", file.display(), examples.len()));
         all.extend(examples);
     }

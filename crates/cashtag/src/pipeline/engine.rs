@@ -13,6 +13,7 @@ use cashtag_llama::model::Llama;
 use cashtag_llama::prompt::{Label, PromptFormat, TooLong};
 use cashtag_llama::score::{Scorer, normalise};
 
+use super::data::hinted;
 use crate::progress::{Progress, Unit};
 use crate::settings::{self, Settings, Source};
 use crate::{exit, hub, output};
@@ -45,9 +46,11 @@ pub(crate) fn open(settings: &Settings) -> anyhow::Result<Opened> {
     let path = match (found, &settings.model.adapter) {
         (Err(e), Some(dir)) if matches!(settings.source("model.name"), Source::Follows(_)) => {
             let what = format!("the adapter {} was trained on {}", dir.display(), settings.model.name);
-            return Err(e.context(format!("{what}\n  hint: or name its base model with --model")));
+            return Err(e.context(format!("{what}\n  hint: if that model lies elsewhere, name it with --model")));
         }
-        (found, _) => found?,
+        (found, _) => found.map_err(|e| {
+            hinted(e, "--model takes smollm2-135m, OWNER/NAME of the hub, a checkpoint directory or a .gguf file")
+        })?,
     };
     let checkpoint = open_checkpoint(settings, path)?;
     let adapter = match &settings.model.adapter {

@@ -20,7 +20,7 @@ use crate::settings::{self, Flags, Settings, Source};
 use crate::{exit, output};
 
 /// Training examples of a run with nothing else said: what two cores train on in about three minutes.
-const DEFAULT_TRAIN_EXAMPLES: usize = 1500;
+const DEFAULT_TRAIN_EXAMPLES: usize = 1200;
 
 /// The recipe of those who name none.
 const DEFAULT_RECIPE: &str = "smollm2-cpu";

@@ -380,3 +380,115 @@ fn table(rows: &[Vec<String>]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use insta::assert_snapshot;
+
+    use super::*;
+
+    /// 40 texts of two kinds, of which every `wrong`th is taken for the next label.
+    fn side(adapter: Option<&str>, wrong: usize) -> Side {
+        let mut settings = Settings::default();
+        settings.model.adapter = adapter.map(PathBuf::from);
+        let judged = (0..40).map(|i| {
+            let truth = i % 3;
+            let mut probabilities = vec![0.1; 3];
+            probabilities[if i % wrong == 0 { (truth + 1) % 3 } else { truth }] = 0.8;
+            let kind = Some(if i < 25 { "plain" } else { "mixed" }.to_string());
+            Judged { text: format!("=text, \"{i}\""), truth, probabilities, kind }
+        });
+        Side {
+            settings,
+            description: "a small model".into(),
+            adapter: adapter.map(|a| Description::new(a).fact("rank", 8)),
+            temperature: if adapter.is_some() { 1.25 } else { 1.0 },
+            judged: judged.collect(),
+            seconds: 2.0,
+        }
+    }
+
+    fn sides(all: Vec<Side>) -> Sides {
+        let labels = ["Up", "Flat", "Down"].map(String::from);
+        Sides::measure(all, &labels, "tweets.csv".into(), "a CPU".into(), "kind", 42).unwrap()
+    }
+
+    #[test]
+    fn one_side() {
+        assert_snapshot!(sides(vec![side(None, 4)]).text(true), @"
+        smollm2-135m
+        tweets.csv: 40 texts
+
+        accuracy           75.0% [62.5, 87.5]
+        macro F1           75.0% [60.1, 87.5]
+        weighted F1        75.0% [61.4, 87.6]
+        log-loss           0.743 [0.483, 1.003]
+        calibration error  5.0%
+        majority baseline  35.0%
+
+        class  texts  precision  recall  F1     → Up  → Flat  → Down
+        Up     14     76.9%      71.4%   74.1%  10    4       0
+        Flat   13     71.4%      76.9%   74.1%  0     10      3
+        Down   13     76.9%      76.9%   76.9%  3     0       10
+
+        kind   texts  accuracy             macro F1
+        plain  25     72.0% [52.0, 88.0]   72.1% [51.0, 88.2]
+        mixed  15     80.0% [60.0, 100.0]  80.0% [52.8, 100.0]
+
+        In brackets: 95% intervals, bootstrap over the texts.
+        ");
+    }
+
+    #[test]
+    fn two_sides() {
+        let both = sides(vec![side(None, 2), side(Some("runs/mine"), 5)]);
+        assert_snapshot!(both.text(true), @"
+        tweets.csv: 40 texts
+        A  smollm2-135m
+        B  smollm2-135m + runs/mine, temperature 1.25
+
+                           A                     B
+        accuracy           50.0% [35.0, 65.0]    80.0% [67.5, 92.5]
+        macro F1           50.0% [34.6, 65.0]    80.0% [65.9, 91.3]
+        weighted F1        50.0% [35.0, 65.3]    80.0% [67.1, 92.4]
+        log-loss           1.263 [0.951, 1.575]  0.639 [0.379, 0.899]
+        calibration error  30.0%                 0.0%
+        majority baseline  35.0%                 35.0%
+        F1 Up              50.0%                 78.6%
+        F1 Flat            51.9%                 81.5%
+        F1 Down            48.0%                 80.0%
+
+        against A               B
+        accuracy, points        +30.0 [+10.0, +47.5]
+        macro F1, points        +30.1 [+9.7, +49.5]
+        log-loss                -0.624 [-0.988, -0.208]
+        right where A is wrong  16
+        wrong where A is right  4
+        McNemar p               0.012
+
+        kind   texts  accuracy of A       accuracy of B
+        plain  25     48.0% [28.0, 68.0]  80.0% [64.0, 96.0]
+        mixed  15     53.3% [26.7, 80.0]  80.0% [60.0, 100.0]
+
+        In brackets: 95% intervals, bootstrap over the texts.
+        ");
+        assert_snapshot!(both.predictions().lines().take(2).collect::<Vec<_>>().join("\n"), @r#"
+        text,label,kind,A_predicted_label,A_confidence,A_p_up,A_p_flat,A_p_down,B_predicted_label,B_confidence,B_p_up,B_p_flat,B_p_down
+        "'=text, ""0""",Up,plain,Flat,0.8,0.1,0.8,0.1,Flat,0.8,0.1,0.8,0.1
+        "#);
+        let report = both.report(Path::new("nowhere"), 1);
+        assert_eq!((report.notice.as_deref(), report.before.is_some(), report.after.is_some()), (None, true, true));
+        assert_eq!(both.json().unwrap()["models"][1]["adapter"], "runs/mine");
+    }
+
+    #[test]
+    fn a_page_says_who_is_who() {
+        let others = sides(vec![side(Some("a"), 2), side(Some("b"), 5)]);
+        let notice = others.report(Path::new("nowhere"), 1).notice.unwrap();
+        assert_eq!(notice, "Two models side by side. Before: smollm2-135m + a. After: smollm2-135m + b.");
+        let alone = sides(vec![side(Some("a"), 2)]).report(Path::new("nowhere"), 0);
+        assert!(alone.before.is_none() && alone.after.is_some() && alone.comparison.is_none());
+        let base = sides(vec![side(None, 2)]).report(Path::new("nowhere"), 0);
+        assert!(base.before.is_some() && base.after.is_none());
+    }
+}
