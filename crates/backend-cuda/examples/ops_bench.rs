@@ -14,60 +14,14 @@ use cashtag_backend::{
 };
 use cashtag_backend_cuda::{CudaBackend, CudaBuffer, CudaWeight, Options, Resident};
 
+mod shared;
+
+use shared::*;
+
 type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 
-const D: usize = 4096;
-const F: usize = 11008;
-const HEADS: usize = 32;
-const HEAD_DIM: usize = 128;
-const LAYERS: usize = 32;
-const VOCAB: usize = 32_000;
-const RANK: usize = 64;
-const PREFIX: usize = 105;
-const EXAMPLES: usize = 32;
+/// Sets of buffers and weights that each operation walks over.
 const SETS: usize = 4;
-
-struct Source {
-    rows: usize,
-    cols: usize,
-    codes: Vec<u8>,
-    absmax: Vec<f32>,
-}
-
-impl WeightSource for Source {
-    fn name(&self) -> &str {
-        "random"
-    }
-    fn rows(&self) -> usize {
-        self.rows
-    }
-    fn cols(&self) -> usize {
-        self.cols
-    }
-    fn read_rows(&self, _: std::ops::Range<usize>, out: &mut [f32]) -> cashtag_backend::Result<()> {
-        out.fill(0.0);
-        Ok(())
-    }
-    fn raw(&self) -> Option<RawWeight<'_>> {
-        Some(RawWeight::Nf4 { codes: &self.codes, absmax: &self.absmax })
-    }
-}
-
-/// xorshift64*
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-    fn weight(&mut self, rows: usize, cols: usize) -> Source {
-        let codes = (0..rows * cols / 16).flat_map(|_| self.next().to_le_bytes()).collect();
-        Source { rows, cols, codes, absmax: vec![0.03; rows * cols / 64] }
-    }
-}
 
 struct Line {
     name: &'static str,
@@ -91,20 +45,8 @@ const BYTES_PER_US: f64 = 3.0e6;
 const FLOP_PER_US: f64 = 780e6;
 
 impl Bench {
-    /// About normal values, standard deviation 1: what the numbers are decides how much power the products draw, and so their speed.
     fn buffer(&mut self, dtype: Dtype, len: usize) -> Result<CudaBuffer> {
-        let mut b = self.gpu.uninit(dtype, len)?;
-        let part: Vec<f32> = (0..(1 << 20).min(len))
-            .map(|_| {
-                let bits = self.random.next();
-                let sum: u64 = (0..4).map(|i| bits >> (16 * i) & 0xffff).sum();
-                (sum as f32 / 65536.0 - 2.0) * 1.732
-            })
-            .collect();
-        for offset in (0..len).step_by(part.len()) {
-            self.gpu.upload(&part[..part.len().min(len - offset)], &mut b, offset)?;
-        }
-        Ok(b)
+        Ok(self.random.buffer(&self.gpu, dtype, len)?)
     }
 
     fn sets(&mut self, dtype: Dtype, len: usize) -> Result<Vec<CudaBuffer>> {
@@ -180,14 +122,6 @@ impl Bench {
         self.lines.push(Line { name, calls, us, floor_us: by_bytes.max(by_flop), rate });
         Ok(())
     }
-}
-
-fn view(b: &CudaBuffer, rows: usize, cols: usize) -> Mat<'_, CudaBuffer> {
-    Mat::new(b, rows, cols)
-}
-
-fn view_mut(b: &mut CudaBuffer, rows: usize, cols: usize) -> MatMut<'_, CudaBuffer> {
-    MatMut::new(b, rows, cols)
 }
 
 fn main() -> Result<()> {
@@ -285,15 +219,6 @@ fn rows(b: &mut Bench) -> Result<()> {
     })
 }
 
-/// A shared prefix and 32 examples of different lengths that make `n` rows.
-fn packed(n: usize) -> AttentionLayout {
-    let own = n - PREFIX;
-    let mut lens: Vec<usize> = (0..EXAMPLES).map(|i| own / EXAMPLES - 16 + i).collect();
-    let rest = own - lens.iter().sum::<usize>();
-    lens[0] += rest;
-    AttentionLayout::packed(PREFIX, &[PREFIX; EXAMPLES], &lens)
-}
-
 fn attention(b: &mut Bench) -> Result<()> {
     let t = b.gpu.compute_dtype();
     for (name, calls, layout) in [
@@ -355,23 +280,6 @@ fn loss_and_optimizer(b: &mut Bench) -> Result<()> {
     })?;
     b.line("fill_zero, 40 M", (0, 0), len * 4, 0, |g, _| Ok(g.fill_zero(&mut m)?))
 }
-
-/// A site of LoRA: one frozen weight and the matrices of `out` rows each that are stacked in it.
-struct Site {
-    name: &'static str,
-    count: usize,
-    out: usize,
-    inner: usize,
-    /// Whether the result is added to the f32 residual stream.
-    residual: bool,
-}
-
-const SITES: [Site; 4] = [
-    Site { name: "qkv", count: 3, out: D, inner: D, residual: false },
-    Site { name: "o", count: 1, out: D, inner: D, residual: true },
-    Site { name: "gate_up", count: 2, out: F, inner: D, residual: false },
-    Site { name: "down", count: 1, out: D, inner: F, residual: true },
-];
 
 fn products(b: &mut Bench) -> Result<()> {
     for site in &SITES {

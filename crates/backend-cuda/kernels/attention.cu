@@ -1,8 +1,8 @@
 // Softmax attention over a packed batch by matrix instructions, forward and backward, in the manner of FlashAttention-2 (Dao 2023).
 // Macros: T dtype (f16 or bf16), HD head dimension (64 or 128).
 //
-// Keys are numbered through a segment's spans, so that no span costs a partial key tile of its own. On the query side four warps have
-// 16 query rows each; key tiles of BK keys pass through shared memory; while one is used, the next STAGES - 1 are on their way.
+// Keys are numbered through a segment's spans, so that no span costs a partial key tile of its own. Four warps, 16 query rows each;
+// key tiles of BK keys pass through shared memory; while one is used, the next STAGES - 1 are on their way.
 #include "attention.cuh"
 #include "tile.cuh"
 
@@ -18,11 +18,11 @@
 #define ROW_BYTES (HD * 2)
 
 // Rows `row .. row + rows` of a head into a shared tile of ROWS rows, zeros below.
-template <int ROWS, int N = THREADS> DEVICE void copy_rows(u32 base, const T *p, i64 stride, u32 rows) {
+template <int ROWS> DEVICE void copy_rows(u32 base, const T *p, i64 stride, u32 rows) {
     u32 chunk = threadIdx.x % CHUNKS;
 #pragma unroll
-    for (u32 i = 0; i < ROWS * CHUNKS / N; i++) {
-        const u32 r = threadIdx.x / CHUNKS + i * (N / CHUNKS);
+    for (u32 i = 0; i < ROWS * CHUNKS / THREADS; i++) {
+        const u32 r = threadIdx.x / CHUNKS + i * (THREADS / CHUNKS);
         copy16(chunk_address<ROW_BYTES>(base, r, chunk), p + (r < rows ? (i64)r * stride : 0) + chunk * 8, r < rows);
     }
 }
@@ -40,20 +40,17 @@ DEVICE void copy_keys(u32 base0, View m0, u32 base1, View m1, const Tile &t, u32
     }
 }
 
-// s += a·bᵀ for the warp's 16 rows of a and BK rows of b, both in shared memory.
-DEVICE void multiply_nt(float (&s)[BK / 8][4], u32 a_base, u32 b_base) {
+// s += a·bᵀ for a in registers and BK rows of b in shared memory.
+DEVICE void multiply_nt(float (&s)[BK / 8][4], const u32 (&a)[HD / 16][4], u32 b_base) {
 #pragma unroll
-    for (int k = 0; k < HD / 16; k++) {
-        u32 a[4];
-        left_fragment<ROW_BYTES>(a, a_base, threadIdx.x / 32 * 16, k);
+    for (int k = 0; k < HD / 16; k++)
 #pragma unroll
         for (int n = 0; n < BK / 16; n++) {
             u32 b[4];
             right_fragments_nt<ROW_BYTES>(b, b_base, 16 * n, k);
-            mma(s[2 * n], a, b[0], b[1], T());
-            mma(s[2 * n + 1], a, b[2], b[3], T());
+            mma(s[2 * n], a[k], b[0], b[1], T());
+            mma(s[2 * n + 1], a[k], b[2], b[3], T());
         }
-    }
 }
 // acc += p·b for p in registers (as accumulators left it) and BK rows of b.
 DEVICE void multiply_nn(float (&acc)[HD / 8][4], const u32 (&p)[BK / 16][4], u32 b_base) {
@@ -78,22 +75,21 @@ DEVICE void as_left(u32 (&p)[BK / 16][4], const float (&s)[BK / 8][4]) {
     }
 }
 
-// Writes a warp's 16 × 8N accumulators, times the factors of its two rows a lane, through 16 rows and N chunks of shared memory (which the
-// warp has to itself) as rows 0 .. rows of `out`.
-template <int N>
-DEVICE void write_rows(const float (&acc)[N][4], float factor0, float factor1, u32 base, u32 row, u32 chunk0, T *out, i64 stride, int rows) {
+// Writes a warp's 16 × HD accumulators, times the factors of its two rows a lane, through the 16 rows of shared memory at `base`
+// (which the warp has to itself), as rows 0 .. rows of `out`.
+DEVICE void write_rows(const float (&acc)[HD / 8][4], float factor0, float factor1, u32 base, u32 row, T *out, i64 stride, int rows) {
     u32 lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     __syncwarp();
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-        shared_store(chunk_address<ROW_BYTES>(base, row + g, chunk0 + n) + 4 * c, pack(acc[n][0] * factor0, acc[n][1] * factor0, T()));
-        shared_store(chunk_address<ROW_BYTES>(base, row + g + 8, chunk0 + n) + 4 * c, pack(acc[n][2] * factor1, acc[n][3] * factor1, T()));
+    for (int n = 0; n < HD / 8; n++) {
+        shared_store(chunk_address<ROW_BYTES>(base, row + g, n) + 4 * c, pack(acc[n][0] * factor0, acc[n][1] * factor0, T()));
+        shared_store(chunk_address<ROW_BYTES>(base, row + g + 8, n) + 4 * c, pack(acc[n][2] * factor1, acc[n][3] * factor1, T()));
     }
     __syncwarp();
 #pragma unroll
-    for (u32 i = 0; i < N / 2; i++) {
-        const u32 r = (i * 32 + lane) / N, chunk = lane % N;
-        if ((int)r < rows) *(uint4 *)(out + (i64)r * stride + chunk * 8) = shared_load16(chunk_address<ROW_BYTES>(base, row + r, chunk0 + chunk));
+    for (u32 i = 0; i < CHUNKS / 2; i++) {
+        const u32 r = (i * 32 + lane) / CHUNKS, chunk = lane % CHUNKS;
+        if ((int)r < rows) *(uint4 *)(out + (i64)r * stride + chunk * 8) = shared_load16(chunk_address<ROW_BYTES>(base, row + r, chunk));
     }
 }
 
@@ -107,7 +103,7 @@ DEVICE float quad_sum(float x) {
 }
 
 // Grid (tiles, heads). Shared memory: q, then STAGES times k and v.
-extern "C" __global__ void __launch_bounds__(THREADS, STAGES == 1 ? 2 : 4)
+extern "C" __global__ void __launch_bounds__(THREADS)
     attention_forward(const Tile *tiles, View q, View k, View v, ViewMut o, float *lse, u32 heads, u32 group, float scale) {
     DYNAMIC_SHARED(memory);
     const u32 q_base = shared_address(memory), stage_base = q_base + BQ * ROW_BYTES, stage_bytes = 2 * BK * ROW_BYTES;
@@ -125,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES == 1 ? 2 : 4)
     };
     FIRST_STAGES(load, key_tiles);
 
-    // Fragments of q are read again for every key tile: held, they would leave room for three blocks instead of four.
+    u32 qf[HD / 16][4];
     float acc[HD / 8][4] = {};
     float m[2] = {-1e30f, -1e30f}, l[2] = {0.0f, 0.0f};
     const float scale2 = scale * 1.44269504f;
@@ -140,10 +136,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES == 1 ? 2 : 4)
     for (u32 tile = 0; tile < key_tiles; tile++) {
         const u32 base = stage_base + tile % STAGES * stage_bytes;
         NEXT_STAGE(load, tile, key_tiles);
+        if (tile == 0) {
+#pragma unroll
+            for (int i = 0; i < HD / 16; i++) left_fragment<ROW_BYTES>(qf[i], q_base, warp * 16, i);
+        }
         // A warp has nothing to do for keys behind its last row.
         if (active && tile * BK <= context + warp * 16 + 15) {
             float s[BK / 8][4] = {};
-            multiply_nt(s, q_base, base);
+            multiply_nt(s, qf, base);
             if (tile * BK + BK - 1 > context + warp * 16) {
 #pragma unroll
                 for (int n = 0; n < BK / 8; n++)
@@ -188,13 +188,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES == 1 ? 2 : 4)
         u32 row = warp * 16 + g + 8 * i;
         if (c == 0 && row < t.rows) lse[(i64)(t.q_row + row) * heads + head] = m[i] * scale + logf(l[i]);
     }
-    // The warp's rows of q are read by no other warp.
-    write_rows(acc, factor[0], factor[1], q_base, warp * 16, 0, o.p + (i64)(t.q_row + warp * 16) * o.stride + head * HD, o.stride,
+    // The warp's rows of q were read before its first product and by no other warp.
+    write_rows(acc, factor[0], factor[1], q_base, warp * 16, o.p + (i64)(t.q_row + warp * 16) * o.stride + head * HD, o.stride,
                (int)t.rows - (int)warp * 16);
 }
 
 // dq of a tile, and D = Σ d_o∘o of its rows for the key side. Grid (tiles, heads). Shared memory: q, d_o, then STAGES times k and v.
-extern "C" __global__ void __launch_bounds__(THREADS, STAGES == 1 ? 2 : 3)
+extern "C" __global__ void __launch_bounds__(THREADS)
     attention_backward_q(const Tile *tiles, View q, View k, View v, View o, View d_o, ViewMut dq, const float *lse, float *delta, u32 heads,
                          u32 group, float scale) {
     DYNAMIC_SHARED(memory);
@@ -246,15 +246,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES == 1 ? 2 : 3)
         d[i] = __shfl_sync(0xffffffffu, d_row, 2 * (g + 8 * i));
     }
 
-    // As in the forward: held, the fragments of q and d_o would leave room for two blocks instead of three.
+    u32 qf[HD / 16][4], dof[HD / 16][4];
     float acc[HD / 8][4] = {};
     for (u32 tile = 0; tile < key_tiles; tile++) {
         const u32 base = stage_base + tile % STAGES * stage_bytes;
         NEXT_STAGE(load, tile, key_tiles);
+        if (tile == 0) {
+#pragma unroll
+            for (int i = 0; i < HD / 16; i++) left_fragment<ROW_BYTES>(qf[i], q_base, warp * 16, i), left_fragment<ROW_BYTES>(dof[i], do_base, warp * 16, i);
+        }
         if (active && tile * BK <= context + warp * 16 + 15) {
             float s[BK / 8][4] = {}, dp[BK / 8][4] = {};
-            multiply_nt(s, q_base, base);
-            multiply_nt(dp, do_base, base + BK * ROW_BYTES);
+            multiply_nt(s, qf, base);
+            multiply_nt(dp, dof, base + BK * ROW_BYTES);
             const bool partial = tile * BK + BK - 1 > context + warp * 16;
 #pragma unroll
             for (int n = 0; n < BK / 8; n++)
@@ -270,37 +274,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES == 1 ? 2 : 3)
         }
     }
     if (!active) return;
-    write_rows(acc, 1.0f, 1.0f, q_base, warp * 16, 0, dq.p + (i64)(t.q_row + warp * 16) * dq.stride + head * HD, dq.stride,
+    write_rows(acc, 1.0f, 1.0f, q_base, warp * 16, dq.p + (i64)(t.q_row + warp * 16) * dq.stride + head * HD, dq.stride,
                (int)t.rows - (int)warp * 16);
 }
 
-// dk and dv of an item, summed over the query heads of its key head. Grid (items, kv_heads).
-//
-// Products are transposed: keys are rows, queries columns. Eight warps; warps w and w + 4 share 16 keys. Of the scores each makes half the
-// queries, of dk and dv half the columns; in between, probabilities and their gradients pass through shared memory. (Four warps with
-// all columns each hold twice the accumulators: too few of them fit to hide the copies.)
-// Shared memory: k, v, [p | ds] (64 rows of 128 bytes), then STAGES times q, d_o (BK rows each) and lse, D, visible (BK words each).
-extern "C" __global__ void __launch_bounds__(2 * THREADS, STAGES == 1 ? 1 : 2)
+// dk and dv of an item, summed over the query heads of its key head. Grid (items, kv_heads). Products are transposed: a warp owns 16
+// keys, and queries run through the columns, so that probabilities pass from one product to the next in registers.
+// Shared memory: k, v, then STAGES times q, d_o (BK rows each) and lse, D, visible (BK words each).
+extern "C" __global__ void __launch_bounds__(THREADS)
     attention_backward_kv(const KeyItem *items, View q, View k, View v, View d_o, ViewMut dk, ViewMut dv, const float *lse,
                           const float *delta, const u32 *visible, u32 heads, u32 group, float scale, float *partials) {
     DYNAMIC_SHARED(memory);
-    constexpr int HALF = HD / 16;
-    const u32 k_base = shared_address(memory), v_base = k_base + BQ * ROW_BYTES, p_base = v_base + BQ * ROW_BYTES;
-    const u32 stage_base = p_base + BQ * 128, stage_bytes = 2 * BK * ROW_BYTES + 3 * BK * 4, scalars = 2 * BK * ROW_BYTES;
+    const u32 k_base = shared_address(memory), v_base = k_base + BQ * ROW_BYTES, stage_base = v_base + BQ * ROW_BYTES;
+    const u32 stage_bytes = 2 * BK * ROW_BYTES + 3 * BK * 4, scalars = 2 * BK * ROW_BYTES;
     const KeyItem item = items[blockIdx.x];
-    const u32 kv_head = blockIdx.y, keys_of = threadIdx.x / 32 % 4, half = threadIdx.x / 128;
-    const u32 lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    const u32 kv_head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     k.p += (i64)item.key * k.stride + kv_head * HD;
     v.p += (i64)item.key * v.stride + kv_head * HD;
     const u32 q_tiles = (item.q_end - item.q_begin + BK - 1) / BK, steps = q_tiles * group;
-    const bool active = keys_of * 16 < item.keys;
+    const bool active = warp * 16 < item.keys;
 
     auto copy_queries = [&](u32 step) {
         const u32 base = stage_base + step % STAGES * stage_bytes;
         const u32 head = kv_head * group + step / q_tiles, row = item.q_begin + step % q_tiles * BK;
         const u32 rows = item.q_end - row;
-        copy_rows<BK, 2 * THREADS>(base, q.p + (i64)row * q.stride + head * HD, q.stride, rows);
-        copy_rows<BK, 2 * THREADS>(base + BK * ROW_BYTES, d_o.p + (i64)row * d_o.stride + head * HD, d_o.stride, rows);
+        copy_rows<BK>(base, q.p + (i64)row * q.stride + head * HD, q.stride, rows);
+        copy_rows<BK>(base + BK * ROW_BYTES, d_o.p + (i64)row * d_o.stride + head * HD, d_o.stride, rows);
         if (threadIdx.x < 3 * BK) {
             const u32 r = threadIdx.x % BK, which = threadIdx.x / BK;
             const bool inside = r < rows;
@@ -310,86 +309,71 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, STAGES == 1 ? 1 : 2)
             copy4(base + scalars + threadIdx.x * 4, from, inside);
         }
     };
-    copy_rows<BQ, 2 * THREADS>(k_base, k.p, k.stride, item.keys);
-    copy_rows<BQ, 2 * THREADS>(v_base, v.p, v.stride, item.keys);
+    copy_rows<BQ>(k_base, k.p, k.stride, item.keys);
+    copy_rows<BQ>(v_base, v.p, v.stride, item.keys);
     FIRST_STAGES(copy_queries, steps);
 
-    float dk_acc[HALF][4] = {}, dv_acc[HALF][4] = {};
+    float dk_acc[HD / 8][4] = {}, dv_acc[HD / 8][4] = {};
     const float scale2 = scale * 1.44269504f;
     for (u32 step = 0; step < steps; step++) {
         const u32 base = stage_base + step % STAGES * stage_bytes;
         NEXT_STAGE(copy_queries, step, steps);
         const u32 row = item.q_begin + step % q_tiles * BK;
-        // Own rows see keys up to their own: keys behind the tile's last row have nothing to do.
-        if (!active || (item.own && item.key + keys_of * 16 >= row + BK)) continue;
-        float s[2][4] = {}, dp[2][4] = {};
-#pragma unroll 4
-        for (int i = 0; i < HD / 16; i++) {
-            u32 a[4], b[4];
-            left_fragment<ROW_BYTES>(a, k_base, keys_of * 16, i);
-            right_fragments_nt<ROW_BYTES>(b, base, half * 16, i);
-            mma(s[0], a, b[0], b[1], T());
-            mma(s[1], a, b[2], b[3], T());
-            left_fragment<ROW_BYTES>(a, v_base, keys_of * 16, i);
-            right_fragments_nt<ROW_BYTES>(b, base + BK * ROW_BYTES, half * 16, i);
-            mma(dp[0], a, b[0], b[1], T());
-            mma(dp[1], a, b[2], b[3], T());
-        }
-        const u8 *column = memory + (base - k_base) + scalars;
+        // Own rows see keys up to their own: a warp whose first key lies behind the tile's last row has nothing to do.
+        if (active && (!item.own || item.key + warp * 16 < row + BK)) {
+            float s[BK / 8][4] = {}, dp[BK / 8][4] = {};
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
+            for (int i = 0; i < HD / 16; i++) {
+                u32 a[4], b[4];
+                left_fragment<ROW_BYTES>(a, k_base, warp * 16, i);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const u32 r = half * 16 + n * 8 + 2 * c + j;
-                const float lse2 = ((const float *)column)[r] * 1.44269504f, d = ((const float *)column)[BK + r];
-                const u32 seen = item.own ? (row + r < item.q_end ? row + r + 1 : 0) : ((const u32 *)column)[2 * BK + r];
+                for (int n = 0; n < BK / 16; n++) {
+                    right_fragments_nt<ROW_BYTES>(b, base, 16 * n, i);
+                    mma(s[2 * n], a, b[0], b[1], T());
+                    mma(s[2 * n + 1], a, b[2], b[3], T());
+                }
+                left_fragment<ROW_BYTES>(a, v_base, warp * 16, i);
 #pragma unroll
-                for (int i = j; i < 4; i += 2) {
-                    float p = exp2_fast(s[n][i] * scale2 - lse2);
-                    if (item.key + keys_of * 16 + g + i / 2 * 8 >= seen) p = 0.0f;
-                    s[n][i] = p;
-                    dp[n][i] = scale * p * (dp[n][i] - d);
+                for (int n = 0; n < BK / 16; n++) {
+                    right_fragments_nt<ROW_BYTES>(b, base + BK * ROW_BYTES, 16 * n, i);
+                    mma(dp[2 * n], a, b[0], b[1], T());
+                    mma(dp[2 * n + 1], a, b[2], b[3], T());
                 }
             }
+            const u8 *column = memory + (base - k_base) + scalars;
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const u32 key = keys_of * 16 + g + 8 * i, chunk = half * 2 + n;
-                shared_store(chunk_address<128>(p_base, key, chunk) + 4 * c, pack(s[n][2 * i], s[n][2 * i + 1], T()));
-                shared_store(chunk_address<128>(p_base, key, chunk + 4) + 4 * c, pack(dp[n][2 * i], dp[n][2 * i + 1], T()));
-            }
-        }
-        named_barrier(1 + keys_of, 64);
+            for (int n = 0; n < BK / 8; n++)
 #pragma unroll
-        for (int i = 0; i < BK / 16; i++) {
-            u32 p[4], ds[4];
-            left_fragment<128>(p, p_base, keys_of * 16, i);
-            left_fragment<128>(ds, p_base, keys_of * 16, BK / 16 + i);
+                for (int j = 0; j < 2; j++) {
+                    const u32 r = n * 8 + 2 * c + j;
+                    const float lse2 = ((const float *)column)[r] * 1.44269504f, d = ((const float *)column)[BK + r];
+                    const u32 seen = item.own ? (row + r < item.q_end ? row + r + 1 : 0) : ((const u32 *)column)[2 * BK + r];
 #pragma unroll
-            for (int n = 0; n < HALF / 2; n++) {
-                u32 b[4];
-                right_fragments_nn<ROW_BYTES>(b, base + BK * ROW_BYTES, 16 * i, half * (HALF / 2) + n);
-                mma(dv_acc[2 * n], p, b[0], b[1], T());
-                mma(dv_acc[2 * n + 1], p, b[2], b[3], T());
-                right_fragments_nn<ROW_BYTES>(b, base, 16 * i, half * (HALF / 2) + n);
-                mma(dk_acc[2 * n], ds, b[0], b[1], T());
-                mma(dk_acc[2 * n + 1], ds, b[2], b[3], T());
-            }
+                    for (int i = j; i < 4; i += 2) {
+                        float p = exp2_fast(s[n][i] * scale2 - lse2);
+                        if (item.key + warp * 16 + g + i / 2 * 8 >= seen) p = 0.0f;
+                        s[n][i] = p;
+                        dp[n][i] = scale * p * (dp[n][i] - d);
+                    }
+                }
+            u32 p[BK / 16][4];
+            as_left(p, s);
+            multiply_nn(dv_acc, p, base + BK * ROW_BYTES);
+            as_left(p, dp);
+            multiply_nn(dk_acc, p, base);
         }
     }
-    // k and v make room for the results; their rows are shared by two warps.
-    __syncthreads();
     if (!active) return;
-    const int rows = (int)item.keys - (int)keys_of * 16;
+    const int rows = (int)item.keys - (int)warp * 16;
     if (item.slot == ~0u) {
-        const i64 first = (i64)item.key + keys_of * 16;
-        const u32 column = kv_head * HD + half * (HD / 2);
-        write_rows(dk_acc, 1.0f, 1.0f, k_base, keys_of * 16, half * HALF, dk.p + first * dk.stride + column, dk.stride, rows);
-        write_rows(dv_acc, 1.0f, 1.0f, v_base, keys_of * 16, half * HALF, dv.p + first * dv.stride + column, dv.stride, rows);
+        const i64 first = (i64)item.key + warp * 16;
+        write_rows(dk_acc, 1.0f, 1.0f, k_base, warp * 16, dk.p + first * dk.stride + kv_head * HD, dk.stride, rows);
+        write_rows(dv_acc, 1.0f, 1.0f, v_base, warp * 16, dv.p + first * dv.stride + kv_head * HD, dv.stride, rows);
         return;
     }
-    float *part = partials + ((i64)item.slot * gridDim.y + kv_head) * (2 * BQ * HD) + keys_of * 16 * HD + half * (HD / 2);
+    float *part = partials + ((i64)item.slot * gridDim.y + kv_head) * (2 * BQ * HD) + warp * 16 * HD;
 #pragma unroll
-    for (int n = 0; n < HALF; n++)
+    for (int n = 0; n < HD / 8; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             float *at = part + (g + 8 * i) * HD + n * 8 + 2 * c;

@@ -128,9 +128,6 @@ template <int N> DEVICE void copy_wait() {
 #endif
 }
 
-// A barrier of `threads` threads (whole warps) under a number from 1 to 15; __syncthreads is number 0.
-DEVICE void named_barrier(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 DEVICE void shared_store(u32 address, u32 value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

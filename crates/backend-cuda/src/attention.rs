@@ -149,7 +149,7 @@ impl Heads {
 impl Core {
     fn device_layout(&self, layout: &AttentionLayout) -> Result<Arc<DeviceLayout>> {
         let mut kept = self.layouts.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(i) = kept.iter().position(|(l, _)| l == layout) {
+        if let Some(i) = kept.iter().rposition(|(l, _)| l == layout) {
             // The most recent last, so that a batch's layout is not pushed out by its own layers.
             let entry = kept.remove(i);
             let found = Arc::clone(&entry.1);
@@ -281,7 +281,7 @@ impl Core {
         let ([q, k, v], [dq, dk, dv]) = (split(qkv), split(dqkv));
         let (o, d_o) = (Strided::from(o), Strided::from(d_o));
         let shared_q = self.shared_bytes(&heads, 2 * TILE, 0);
-        let shared_kv = self.shared_bytes(&heads, 2 * TILE, 3) + (TILE * 128) as u32;
+        let shared_kv = self.shared_bytes(&heads, 2 * TILE, 3);
         let matrices = self.by_matrices(&heads, &all, shared_q.max(shared_kv));
         let words = on_device.words.ptr();
         let at = |offset: usize| words + offset as u64 * 4;
@@ -332,11 +332,7 @@ impl Core {
             // every row's D and every slot.
             unsafe {
                 first.go((on_device.tiles, heads.q, 1), THREADS, if matrices { shared_q } else { 0 })?;
-                second.go(
-                    (count, heads.kv(), 1),
-                    if matrices { 2 * THREADS } else { THREADS },
-                    if matrices { shared_kv } else { 0 },
-                )?;
+                second.go((count, heads.kv(), 1), THREADS, if matrices { shared_kv } else { 0 })?;
                 if slots > 0 {
                     let reduce = self
                         .attention_launch(&heads, true, ["attention_reduce", ""])?

@@ -4,6 +4,7 @@
 //! Split sums are only allowed where cuBLASLt adds the parts in f32 in its workspace, in a fixed order.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -128,14 +129,14 @@ impl Gemm {
             result: c.dtype,
         };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.plans.len() >= MAX_PLANS {
-            state.plans.clear();
+        let State { plans, workspace } = &mut *state;
+        if plans.len() >= MAX_PLANS {
+            plans.clear();
         }
-        if !state.plans.contains_key(&geometry) {
-            let plan = self.plan(geometry).map_err(|e| self.refused(geometry, e))?;
-            state.plans.insert(geometry, plan);
-        }
-        let plan = &state.plans[&geometry];
+        let plan = match plans.entry(geometry) {
+            Entry::Occupied(e) => e.into_mut(),
+            Entry::Vacant(e) => e.insert(self.plan(geometry).map_err(|e| self.refused(geometry, e))?),
+        };
         // SAFETY: the views were checked against their buffers, the plan was made for this geometry, and the workspace is used by this
         // stream alone.
         unsafe {
@@ -153,7 +154,7 @@ impl Gemm {
                 c.ptr as *mut c_void,
                 plan.layouts[3],
                 &plan.algorithm,
-                state.workspace.ptr() as *mut c_void,
+                workspace.ptr() as *mut c_void,
                 plan.workspace,
                 self.device.stream.cast(),
             )

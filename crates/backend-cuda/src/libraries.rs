@@ -25,8 +25,10 @@ pub struct Library {
 }
 
 /// The driver's library and the highest CUDA version that it speaks, as (major, minor).
-pub(crate) fn cuda() -> Result<&'static (Library, (u32, u32)), String> {
-    static CUDA: OnceLock<Result<(Library, (u32, u32)), String>> = OnceLock::new();
+type Driver = (Library, (u32, u32));
+
+pub(crate) fn cuda() -> Result<&'static Driver, String> {
+    static CUDA: OnceLock<Result<Driver, String>> = OnceLock::new();
     CUDA.get_or_init(|| {
         let hint = "no NVIDIA driver (libcuda.so.1) was found\n  hint: install NVIDIA's driver for this card; in a container, start it with the GPUs \
                     (docker run --gpus all)";

@@ -263,7 +263,7 @@ impl Core {
     ) -> Result<()> {
         self.computes(&[&x]);
         assert!(
-            head_dim % 2 == 0 && head_dim > 0 && x.cols % head_dim == 0,
+            head_dim.is_multiple_of(2) && head_dim > 0 && x.cols.is_multiple_of(head_dim),
             "{} columns of heads of {head_dim}",
             x.cols
         );

@@ -66,7 +66,10 @@ struct Figures {
     /// One text alone, median (classification only).
     #[serde(skip_serializing_if = "Option::is_none")]
     latency_milliseconds: Option<f64>,
+    /// Largest resident size of the process.
     peak_memory_bytes: u64,
+    /// Most bytes that buffers and weights held on the device.
+    peak_device_bytes: u64,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
@@ -113,6 +116,7 @@ impl Job for Bench<'_> {
         figures.model = opened.checkpoint.describe();
         figures.device = backend.capabilities().description;
         figures.peak_memory_bytes = report::peak_memory();
+        figures.peak_device_bytes = backend.memory().1;
         Ok(figures)
     }
 }
@@ -200,6 +204,7 @@ fn train<B: Backend>(
         milliseconds_per_step: 1e3 * time / steps as f64,
         latency_milliseconds: None,
         peak_memory_bytes: 0,
+        peak_device_bytes: 0,
     })
 }
 
@@ -264,6 +269,7 @@ fn classify<B: Backend>(
         milliseconds_per_step: 1e3 * time / f64::from(calls),
         latency_milliseconds: Some(alone[alone.len() / 2]),
         peak_memory_bytes: 0,
+        peak_device_bytes: 0,
     })
 }
 
@@ -283,6 +289,7 @@ fn table(f: &Figures) -> String {
         ("GFLOP/s", format!("{:.1}", f.gflops)),
         ("ms per step", format!("{:.1}", f.milliseconds_per_step)),
         ("peak memory", format!("{:.2} GiB", f.peak_memory_bytes as f64 / f64::from(1 << 30))),
+        ("buffers and weights", format!("{:.2} GiB", f.peak_device_bytes as f64 / f64::from(1 << 30))),
     ];
     if let Some(ms) = f.latency_milliseconds {
         rows.push(("one text alone, median", format!("{ms:.1} ms")));

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use cashtag_backend::Backend;
 use cashtag_eval::Judged;
 use cashtag_llama::adapter::{Adapter, CLASSIFIER_FILE, CONFIG_FILE, ClassifierConfig};
 use cashtag_llama::checkpoint::Checkpoint;
+use cashtag_llama::config::LlamaConfig;
 use cashtag_llama::lora::Lora;
 use cashtag_llama::model::Llama;
 use cashtag_llama::prompt::{Label, PromptFormat, TooLong};
@@ -38,21 +39,10 @@ impl Opened {
 /// # Errors
 /// No such model, damaged files, an adapter that does not fit.
 pub(crate) fn open(settings: &Settings) -> anyhow::Result<Opened> {
-    let found = if settings.model.name == hub::EMBEDDED {
-        hub::pull_if_missing(&settings.model.name)
-    } else {
-        hub::resolve_model(&settings.model.name)
+    let checkpoint = match &settings.model.random_weights {
+        Some(shape) => random_checkpoint(settings, shape)?,
+        None => open_checkpoint(&find(settings)?)?,
     };
-    let path = match (found, &settings.model.adapter) {
-        (Err(e), Some(dir)) if matches!(settings.source("model.name"), Source::Follows(_)) => {
-            let what = format!("the adapter {} was trained on {}", dir.display(), settings.model.name);
-            return Err(e.context(format!("{what}\n  hint: if that model lies elsewhere, name it with --model")));
-        }
-        (found, _) => found.map_err(|e| {
-            hinted(e, "--model takes smollm2-135m, OWNER/NAME of the hub, a checkpoint directory or a .gguf file")
-        })?,
-    };
-    let checkpoint = open_checkpoint(settings, path)?;
     let adapter = match &settings.model.adapter {
         Some(dir) => Some(Adapter::load(&adapter_directory(dir), checkpoint.config())?),
         None => None,
@@ -89,8 +79,41 @@ fn is_same_model(a: &str, b: &str) -> bool {
     a == b || canonical(a).is_some_and(|a| canonical(b) == Some(a))
 }
 
-fn open_checkpoint(_settings: &Settings, path: PathBuf) -> anyhow::Result<Checkpoint> {
-    Checkpoint::open(&path).with_context(|| format!("cannot use the model {}", path.display()))
+/// Where the model's files lie.
+fn find(settings: &Settings) -> anyhow::Result<PathBuf> {
+    let found = if settings.model.name == hub::EMBEDDED {
+        hub::pull_if_missing(&settings.model.name)
+    } else {
+        hub::resolve_model(&settings.model.name)
+    };
+    match (found, &settings.model.adapter) {
+        (Err(e), Some(dir)) if matches!(settings.source("model.name"), Source::Follows(_)) => {
+            let what = format!("the adapter {} was trained on {}", dir.display(), settings.model.name);
+            Err(e.context(format!("{what}\n  hint: if that model lies elsewhere, name it with --model")))
+        }
+        (found, _) => found.map_err(|e| {
+            hinted(e, "--model takes smollm2-135m, OWNER/NAME of the hub, a checkpoint directory or a .gguf file")
+        }),
+    }
+}
+
+fn open_checkpoint(path: &Path) -> anyhow::Result<Checkpoint> {
+    Checkpoint::open(path).with_context(|| format!("cannot use the model {}", path.display()))
+}
+
+/// A model of the given shape with random weights, for measurements; its tokenizer comes from `--tokenizer`.
+fn random_checkpoint(settings: &Settings, shape: &str) -> anyhow::Result<Checkpoint> {
+    let config = match LlamaConfig::preset(shape) {
+        Some(config) => config,
+        None => bail!(exit::Usage(format!(
+            "--random-weights {shape} is no known shape\n  hint: {}",
+            LlamaConfig::PRESETS.join(", ")
+        ))),
+    };
+    let Some(tokenizer) = &settings.model.tokenizer else {
+        bail!(exit::Usage("--random-weights needs --tokenizer: a .gguf file or a directory whose ids fit the shape".into()));
+    };
+    Ok(Checkpoint::random(config, settings.training.seed, Some(tokenizer))?)
 }
 
 /// The prompt: what the adapter was trained with, unless the user said something else.
