@@ -479,7 +479,15 @@ struct Rows<'a> {
 impl<T: Small> Backward<T> {
     /// One (queries × keys) block: adds to `dq` (rows × dim), `dk` and `dv` (count × dim). `self.q` and `self.d_o` hold the
     /// queries and output gradients of the rows from `offset` on, `self.d` their D = rowsum(dO∘O).
-    fn block(&mut self, offset: usize, rows: &Rows<'_>, keys: &Keys<'_, T::Packed>, dim: usize, dk: &mut [f32], dv: &mut [f32]) {
+    fn block(
+        &mut self,
+        offset: usize,
+        rows: &Rows<'_>,
+        keys: &Keys<'_, T::Packed>,
+        dim: usize,
+        dk: &mut [f32],
+        dv: &mut [f32],
+    ) {
         let n = rows.count;
         let width = keys.count.next_multiple_of(2) + 2;
         let scale = 1.0 / (dim as f32).sqrt();
@@ -490,7 +498,12 @@ impl<T: Small> Backward<T> {
         let q = View { data: &self.q[offset * dim..(offset + n) * dim], rows: n, cols: dim, stride: dim };
         let d_o = View { data: &self.d_o[offset * dim..(offset + n) * dim], rows: n, cols: dim, stride: dim };
         T::mul(q, keys.k_nt, false, ViewMut { data: &mut self.scores, rows: n, cols: keys.count, stride: width });
-        T::mul(d_o, keys.v_nt, false, ViewMut { data: &mut self.d_probabilities, rows: n, cols: keys.count, stride: width });
+        T::mul(
+            d_o,
+            keys.v_nt,
+            false,
+            ViewMut { data: &mut self.d_probabilities, rows: n, cols: keys.count, stride: width },
+        );
         for i in 0..n {
             let (at, seen) = (i * width, (rows.visible)(i));
             let lse = rows.lse[(rows.start + i) * rows.q_heads + rows.head];
@@ -561,7 +574,8 @@ pub(crate) fn backward<T: Small>(
         let [kp_nt, vp_nt, kp_nn] = &packed[kv_head];
         let shared = tile.shared.len;
         let is_prefix = carry.is_some();
-        let (mut dkp, mut dvp) = if shared > 0 { (vec![0.0; prefix * dim], vec![0.0; prefix * dim]) } else { Default::default() };
+        let (mut dkp, mut dvp) =
+            if shared > 0 { (vec![0.0; prefix * dim], vec![0.0; prefix * dim]) } else { Default::default() };
         let own: usize = tile.pieces.iter().map(|p| p.len).sum();
         let (mut dk_own, mut dv_own) = match carry {
             Some(carry) => carry,

@@ -58,7 +58,10 @@ impl CpuBackend {
             .num_threads(threads)
             .thread_name(|i| format!("cashtag-cpu-{i}"))
             .build()
-            .map_err(|e| Error::Device { device: "cpu".into(), what: format!("cannot start {threads} threads: {e}") })?;
+            .map_err(|e| Error::Device {
+                device: "cpu".into(),
+                what: format!("cannot start {threads} threads: {e}"),
+            })?;
         Ok(Self { precision, pool, memory: Arc::default(), scratch: Scratch::default() })
     }
 
@@ -270,13 +273,7 @@ impl Backend for CpuBackend {
         (w.out, w.inner)
     }
 
-    fn linear(
-        &self,
-        x: Mat<'_, CpuBuffer>,
-        w: &CpuWeight,
-        accumulate: bool,
-        y: MatMut<'_, CpuBuffer>,
-    ) -> Result<()> {
+    fn linear(&self, x: Mat<'_, CpuBuffer>, w: &CpuWeight, accumulate: bool, y: MatMut<'_, CpuBuffer>) -> Result<()> {
         self.pool.install(|| linear::linear(view(x), w, accumulate, view_mut(y), &self.scratch));
         Ok(())
     }

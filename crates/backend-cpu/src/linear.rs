@@ -8,7 +8,9 @@ use gemm::Parallelism;
 use rayon::prelude::*;
 
 use crate::buffer::{AnyView, AnyViewMut, Held, Memory, View, ViewMut};
-use crate::gemm::{AWords, COut, NR, Panels, TileOut, gemm as gemm_bf16, interleave_rows, pack_nn, pack_nt, transpose_panels};
+use crate::gemm::{
+    AWords, COut, NR, Panels, TileOut, gemm as gemm_bf16, interleave_rows, pack_nn, pack_nt, transpose_panels,
+};
 use crate::simd::{Bf16, Element};
 
 /// A frozen matrix `[out, in]`.

@@ -169,9 +169,11 @@ pub(crate) fn rms_norm<S: Element, T: Element>(
     if rows == 0 {
         return;
     }
-    data.par_chunks_mut(stride).zip(&mut inv_rms[..rows]).enumerate().with_min_len((GRAIN / cols).max(1)).for_each(
-        |(i, (row, inv))| *inv = norm_row(x.row(i), w, epsilon, &mut row[..cols]),
-    );
+    data.par_chunks_mut(stride)
+        .zip(&mut inv_rms[..rows])
+        .enumerate()
+        .with_min_len((GRAIN / cols).max(1))
+        .for_each(|(i, (row, inv))| *inv = norm_row(x.row(i), w, epsilon, &mut row[..cols]));
 }
 
 pub(crate) fn rms_norm_backward<S: Element, T: Element>(

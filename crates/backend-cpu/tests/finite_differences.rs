@@ -1,7 +1,9 @@
 //! Every backward against central differences, in f64, of a scalar forward that is written here as plainly as possible.
 //! Shapes are random: prefix 0 and more, ragged lengths, one-token examples, grouped heads.
 
-use cashtag_backend::{AttentionLayout, Backend, CrossEntropy, Dropout, Dtype, Mat, MatMut, Rope, WeightSource, philox};
+use cashtag_backend::{
+    AttentionLayout, Backend, CrossEntropy, Dropout, Dtype, Mat, MatMut, Rope, WeightSource, philox,
+};
 use cashtag_backend_cpu::{CpuBackend, CpuBuffer, Precision};
 use proptest::prelude::*;
 
@@ -11,7 +13,9 @@ fn backend() -> CpuBackend {
 
 /// Reproducible values in (-1, 1), exactly representable in f32.
 fn values(n: usize, seed: u32) -> Vec<f64> {
-    (0..n as u32).map(|i| f64::from((philox::philox4x32([i, 0, 0, 0], [seed, 9])[0] >> 9) as f32 / 4_194_304.0 - 1.0)).collect()
+    (0..n as u32)
+        .map(|i| f64::from((philox::philox4x32([i, 0, 0, 0], [seed, 9])[0] >> 9) as f32 / 4_194_304.0 - 1.0))
+        .collect()
 }
 
 fn upload(b: &CpuBackend, v: &[f64]) -> CpuBuffer {
@@ -63,7 +67,9 @@ fn rms_norm(x: &[f64], w: &[f64], eps: f64) -> Vec<f64> {
 }
 
 fn swiglu(x: &[f64], f: usize) -> Vec<f64> {
-    x.chunks(2 * f).flat_map(|row| (0..f).map(|i| row[i] / (1.0 + (-row[i]).exp()) * row[f + i]).collect::<Vec<_>>()).collect()
+    x.chunks(2 * f)
+        .flat_map(|row| (0..f).map(|i| row[i] / (1.0 + (-row[i]).exp()) * row[f + i]).collect::<Vec<_>>())
+        .collect()
 }
 
 /// q, k, v side by side, `[n, (heads + 2·kv_heads)·dim]`.

@@ -9,9 +9,7 @@
 use std::error::Error;
 use std::time::Instant;
 
-use cashtag_backend::{
-    AdamW, AttentionLayout, Backend, CrossEntropy, Dropout, Dtype, Mat, MatMut, RawWeight, Rope, WeightSource,
-};
+use cashtag_backend::{AdamW, AttentionLayout, Backend, CrossEntropy, Dropout, Dtype, Rope, WeightSource};
 use cashtag_backend_cuda::{CudaBackend, CudaBuffer, CudaWeight, Options, Resident};
 
 mod shared;

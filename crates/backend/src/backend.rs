@@ -129,10 +129,15 @@ pub trait Backend: Send + Sync + 'static {
     /// `dst ← dst + src`; any float dtypes, the sum in f32.
     fn add(&self, src: Mat<'_, Self::Buffer>, dst: MatMut<'_, Self::Buffer>) -> Result<()>;
     /// `out[i] ← src[rows[i]]` for u32 `rows` of `out.rows` entries; converts between float dtypes.
-    fn gather_rows(&self, src: Mat<'_, Self::Buffer>, rows: &Self::Buffer, out: MatMut<'_, Self::Buffer>) -> Result<()>;
-    /// `dst[rows[i]] ← dst[rows[i]] + src[i]`; `rows` are all different; converts between float dtypes.
-    fn scatter_add_rows(&self, src: Mat<'_, Self::Buffer>, rows: &Self::Buffer, dst: MatMut<'_, Self::Buffer>)
+    fn gather_rows(&self, src: Mat<'_, Self::Buffer>, rows: &Self::Buffer, out: MatMut<'_, Self::Buffer>)
     -> Result<()>;
+    /// `dst[rows[i]] ← dst[rows[i]] + src[i]`; `rows` are all different; converts between float dtypes.
+    fn scatter_add_rows(
+        &self,
+        src: Mat<'_, Self::Buffer>,
+        rows: &Self::Buffer,
+        dst: MatMut<'_, Self::Buffer>,
+    ) -> Result<()>;
     /// `out ← mask ∘ x / (1 - p)`, or with `accumulate` `out ← out + mask ∘ x / (1 - p)`. The mask's row and column are those of
     /// the view. Its own backward. x T, out T.
     fn dropout(

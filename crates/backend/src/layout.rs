@@ -87,7 +87,8 @@ impl AttentionLayout {
                     return Err(LayoutError::Keys { index, end, kv_rows });
                 }
             }
-            let overlap = |a: Span, b: Span| a.len > 0 && b.len > 0 && a.start < b.start + b.len && b.start < a.start + a.len;
+            let overlap =
+                |a: Span, b: Span| a.len > 0 && b.len > 0 && a.start < b.start + b.len && b.start < a.start + a.len;
             if overlap(spans[0], spans[1]) || overlap(spans[0], spans[2]) || overlap(spans[1], spans[2]) {
                 return Err(LayoutError::Overlap { index });
             }

@@ -27,5 +27,8 @@ pub enum RawWeight<'a> {
     Bf16(&'a [u8]),
     /// bitsandbytes' NF4: blocks of 64 consecutive elements of the flattened matrix, two codes a byte, the first element in
     /// the high nibble; one absmax a block (double quantisation is undone by the reader).
-    Nf4 { codes: &'a [u8], absmax: &'a [f32] },
+    Nf4 {
+        codes: &'a [u8],
+        absmax: &'a [f32],
+    },
 }

@@ -110,7 +110,8 @@ impl TrainingArguments {
 
     /// Optimizer steps of the whole run.
     pub fn total_steps(&self, examples: usize) -> usize {
-        self.max_steps.unwrap_or_else(|| (self.num_train_epochs * self.steps_per_epoch(examples) as f64).ceil() as usize)
+        self.max_steps
+            .unwrap_or_else(|| (self.num_train_epochs * self.steps_per_epoch(examples) as f64).ceil() as usize)
     }
 
     pub fn warmup(&self, total_steps: usize) -> usize {

@@ -59,7 +59,9 @@ impl OptimizerState {
     pub fn upload<B: Backend>(&self, backend: &B, lora: &mut Lora<B>) -> Result<()> {
         for (group, [parameter, m, v]) in [&mut lora.a, &mut lora.b].into_iter().zip(&self.groups) {
             group.upload(backend, parameter)?;
-            let Some(t) = &mut group.training else { return Err(Error::Invalid("the adapter is not trainable".into())) };
+            let Some(t) = &mut group.training else {
+                return Err(Error::Invalid("the adapter is not trainable".into()));
+            };
             backend.upload(m, &mut t.m, 0)?;
             backend.upload(v, &mut t.v, 0)?;
         }
@@ -106,7 +108,8 @@ pub fn save(
         let metadata = HashMap::from([("position".to_string(), text)]);
         let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::Invalid(e.to_string()))?;
         write_atomically(&temporary.join(STATE_FILE), &bytes)?;
-        let text = serde_json::to_string_pretty(&position.state.to_json(arguments)).map_err(|e| Error::Invalid(e.to_string()))?;
+        let text = serde_json::to_string_pretty(&position.state.to_json(arguments))
+            .map_err(|e| Error::Invalid(e.to_string()))?;
         write_atomically(&temporary.join(TRAINER_STATE_FILE), (text + "\n").as_bytes())?;
         let _ = fs::remove_dir_all(&path);
         fs::rename(&temporary, &path).map_err(write_error(&path))?;
@@ -171,7 +174,12 @@ pub fn load(path: &Path, sizes: [usize; 2]) -> Result<Loaded> {
 ///
 /// # Errors
 /// There are checkpoints but none can be read, or the newest readable one belongs to another run.
-pub fn newest(run: &Path, sizes: [usize; 2], fingerprint: &str, mut warn: impl FnMut(String)) -> Result<Option<Loaded>> {
+pub fn newest(
+    run: &Path,
+    sizes: [usize; 2],
+    fingerprint: &str,
+    mut warn: impl FnMut(String),
+) -> Result<Option<Loaded>> {
     let all = list(run);
     let mut last = None;
     for (_, path) in all.iter().rev() {

@@ -16,7 +16,9 @@ pub enum Error {
     },
     #[error("{}: {what}", path.display())]
     Checkpoint { path: PathBuf, what: String },
-    #[error("step {step}: loss or gradient is not finite for the {times}th time in a row (examples {examples:?})\n  hint: lower learning_rate, raise warmup_steps, or use bf16 or f32; the last good checkpoint is kept")]
+    #[error(
+        "step {step}: loss or gradient is not finite for the {times}th time in a row (examples {examples:?})\n  hint: lower learning_rate, raise warmup_steps, or use bf16 or f32; the last good checkpoint is kept"
+    )]
     NotFinite { step: usize, times: usize, examples: Vec<usize> },
     #[error("{0}")]
     Invalid(String),

@@ -49,7 +49,9 @@ impl TrainerState {
         let history: Vec<Value> = self
             .log_history
             .iter()
-            .map(|e| e.iter().map(|(k, v)| (k.clone(), if k == "step" { json!(*v as u64) } else { json!(v) })).collect())
+            .map(|e| {
+                e.iter().map(|(k, v)| (k.clone(), if k == "step" { json!(*v as u64) } else { json!(v) })).collect()
+            })
             .collect();
         sorted(json!({
             "best_global_step": self.best_global_step,

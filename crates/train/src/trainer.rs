@@ -134,7 +134,9 @@ impl<B: Backend> Trainer<'_, B> {
     pub fn run(&mut self, observer: &mut dyn Observer<B>) -> Result<TrainOutcome> {
         let n = self.train.len();
         if n == 0 {
-            return Err(Error::Invalid("there are no training examples\n  hint: check --data, or raise train_examples".into()));
+            return Err(Error::Invalid(
+                "there are no training examples\n  hint: check --data, or raise train_examples".into(),
+            ));
         }
         std::fs::create_dir_all(&self.run_dir).map_err(|source| Error::Write { path: self.run_dir.clone(), source })?;
         let total = self.arguments.total_steps(n);
@@ -212,7 +214,8 @@ impl<B: Backend> Trainer<'_, B> {
         let mut step = l.position.state.global_step;
         if reason != EndReason::Interrupted
             && self.arguments.load_best_model_at_end
-            && let (Some(best), Some(dir)) = (l.position.state.best_global_step, &l.position.state.best_model_checkpoint)
+            && let (Some(best), Some(dir)) =
+                (l.position.state.best_global_step, &l.position.state.best_model_checkpoint)
             && best != step
         {
             let best_state = checkpoint::load(Path::new(dir), [self.lora.a.len, self.lora.b.len])?;

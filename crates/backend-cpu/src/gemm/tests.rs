@@ -12,7 +12,13 @@ fn random(len: usize, seed: u64) -> Vec<Bf16> {
         .collect()
 }
 
-fn reference(m: usize, n: usize, k: usize, a: impl Fn(usize, usize) -> Bf16, b: impl Fn(usize, usize) -> Bf16) -> Vec<f64> {
+fn reference(
+    m: usize,
+    n: usize,
+    k: usize,
+    a: impl Fn(usize, usize) -> Bf16,
+    b: impl Fn(usize, usize) -> Bf16,
+) -> Vec<f64> {
     let mut c = vec![0f64; m * n];
     for i in 0..m {
         for j in 0..n {
@@ -153,26 +159,49 @@ fn the_scalar_twin_agrees() {
 fn rate() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     pool.install(|| {
-    for (m, n, k) in [(1024, 1536, 576), (1024, 576, 1536), (1024, 960, 576), (1024, 3072, 576), (1024, 64, 576), (1024, 576, 64), (64, 3072, 576), (512, 4096, 4096)] {
-        let (a, b) = (random(m * k, 1), random(n * k, 2));
-        let mut panels = Panels::default();
-        pack_nt(&b, k, n, k, &mut panels, false);
-        let mut c = vec![Bf16(0); m * n];
-        let mut best = f64::MAX;
-        for _ in 0..20 {
-            let start = std::time::Instant::now();
-            let whole = AWords { ptr: a.as_ptr().cast(), row_stride: k / 2, k_stride: 1, rows: m, k_words: k / 2 };
-            unsafe { gemm(1.0, whole, &panels, false, COut { out: TileOut::Bf16(c.as_mut_ptr()), stride: n }, true) };
-            best = best.min(start.elapsed().as_secs_f64());
+        for (m, n, k) in [
+            (1024, 1536, 576),
+            (1024, 576, 1536),
+            (1024, 960, 576),
+            (1024, 3072, 576),
+            (1024, 64, 576),
+            (1024, 576, 64),
+            (64, 3072, 576),
+            (512, 4096, 4096),
+        ] {
+            let (a, b) = (random(m * k, 1), random(n * k, 2));
+            let mut panels = Panels::default();
+            pack_nt(&b, k, n, k, &mut panels, false);
+            let mut c = vec![Bf16(0); m * n];
+            let mut best = f64::MAX;
+            for _ in 0..20 {
+                let start = std::time::Instant::now();
+                let whole = AWords { ptr: a.as_ptr().cast(), row_stride: k / 2, k_stride: 1, rows: m, k_words: k / 2 };
+                unsafe {
+                    gemm(1.0, whole, &panels, false, COut { out: TileOut::Bf16(c.as_mut_ptr()), stride: n }, true)
+                };
+                best = best.min(start.elapsed().as_secs_f64());
+            }
+            let mut t = [f64::MAX; 3];
+            let mut out = Panels::default();
+            for _ in 0..5 {
+                let s = std::time::Instant::now();
+                transpose_panels(&panels, 0..n, &mut out);
+                t[0] = t[0].min(s.elapsed().as_secs_f64());
+                let s = std::time::Instant::now();
+                pack_nt(&b, k, n, k, &mut out, true);
+                t[1] = t[1].min(s.elapsed().as_secs_f64());
+                let s = std::time::Instant::now();
+                pack_nn(&a, k, m, k, &mut out, true);
+                t[2] = t[2].min(s.elapsed().as_secs_f64());
+            }
+            eprintln!(
+                "{m}x{n}x{k}: {:.0} GFLOP/s; transpose {:.2} ns/el, nt {:.2}, nn {:.2}",
+                2.0 * (m * n * k) as f64 / best / 1e9,
+                t[0] * 1e9 / (n * k) as f64,
+                t[1] * 1e9 / (n * k) as f64,
+                t[2] * 1e9 / (m * k) as f64
+            );
         }
-        let mut t = [f64::MAX; 3];
-        let mut out = Panels::default();
-        for _ in 0..5 {
-            let s = std::time::Instant::now(); transpose_panels(&panels, 0..n, &mut out); t[0] = t[0].min(s.elapsed().as_secs_f64());
-            let s = std::time::Instant::now(); pack_nt(&b, k, n, k, &mut out, true); t[1] = t[1].min(s.elapsed().as_secs_f64());
-            let s = std::time::Instant::now(); pack_nn(&a, k, m, k, &mut out, true); t[2] = t[2].min(s.elapsed().as_secs_f64());
-        }
-        eprintln!("{m}x{n}x{k}: {:.0} GFLOP/s; transpose {:.2} ns/el, nt {:.2}, nn {:.2}", 2.0 * (m * n * k) as f64 / best / 1e9, t[0]*1e9/(n*k) as f64, t[1]*1e9/(n*k) as f64, t[2]*1e9/(m*k) as f64);
-    }
     });
 }

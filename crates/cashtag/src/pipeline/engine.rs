@@ -111,7 +111,9 @@ fn random_checkpoint(settings: &Settings, shape: &str) -> anyhow::Result<Checkpo
         ))),
     };
     let Some(tokenizer) = &settings.model.tokenizer else {
-        bail!(exit::Usage("--random-weights needs --tokenizer: a .gguf file or a directory whose ids fit the shape".into()));
+        bail!(exit::Usage(
+            "--random-weights needs --tokenizer: a .gguf file or a directory whose ids fit the shape".into()
+        ));
     };
     Ok(Checkpoint::random(config, settings.training.seed, Some(tokenizer))?)
 }

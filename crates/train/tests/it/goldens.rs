@@ -21,7 +21,12 @@ fn floats(v: &Value) -> Vec<f64> {
 
 fn examples(g: &Value, format: &PromptFormat) -> Vec<TokenizedExample> {
     let label = |name: &Value| format.label_names().iter().position(|l| l == name.as_str().unwrap()).unwrap();
-    g["texts"].as_array().unwrap().iter().map(|t| format.example(t[0].as_str().unwrap(), label(&t[1]), 1.0).unwrap()).collect()
+    g["texts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|t| format.example(t[0].as_str().unwrap(), label(&t[1]), 1.0).unwrap())
+        .collect()
 }
 
 /// The factors that the script made: stream 2·(7·layer + module) for A, one more for B.
@@ -120,10 +125,18 @@ fn check_gradients(precision: Precision, loss_tolerance: f64, tolerance: f64) {
                     let scaled: Vec<f32> = values.iter().map(|v| v / tokens as f32).collect();
                     let found = support::fingerprint(&scaled, stream);
                     // Root mean square of the projections of the error estimates its norm.
-                    let error = found[1..].iter().zip(&expected[1..]).map(|(f, e)| (f - e) * (f - e)).sum::<f64>() / 8.0;
+                    let error =
+                        found[1..].iter().zip(&expected[1..]).map(|(f, e)| (f - e) * (f - e)).sum::<f64>() / 8.0;
                     worst = worst.max(error.sqrt() / expected[0]);
                     let ratio = found[0] / expected[0];
-                    assert!((ratio - 1.0).abs() < tolerance, "{key}: {:?} of layer {}: norm {} for {}", s.module, s.layer, found[0], expected[0]);
+                    assert!(
+                        (ratio - 1.0).abs() < tolerance,
+                        "{key}: {:?} of layer {}: norm {} for {}",
+                        s.module,
+                        s.layer,
+                        found[0],
+                        expected[0]
+                    );
                 }
             }
             println!("{key}, {batches} batches, {checkpointing:?}: worst relative error of a gradient {worst:.1e}");

@@ -16,7 +16,8 @@ pub fn model_path() -> PathBuf {
     }
     let cache = std::env::var_os("CASHTAG_CACHE").map(PathBuf::from);
     let cache = cache.or_else(|| std::env::var_os("XDG_CACHE_HOME").map(|x| PathBuf::from(x).join("cashtag")));
-    let cache = cache.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/cashtag"));
+    let cache =
+        cache.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/cashtag"));
     let path = cache.join("SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.exists(), "{} is missing\n  hint: cashtag pull smollm2-135m", path.display());
     path
@@ -55,7 +56,11 @@ pub fn uniform(n: usize, stream: usize, bound: f32) -> Vec<f32> {
 pub fn fingerprint(values: &[f32], stream: usize) -> Vec<f64> {
     let norm = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
     let projection = |j: u32| -> f64 {
-        values.iter().enumerate().map(|(i, &v)| if word(i, stream, 100 + j) & 1 == 0 { f64::from(v) } else { -f64::from(v) }).sum()
+        values
+            .iter()
+            .enumerate()
+            .map(|(i, &v)| if word(i, stream, 100 + j) & 1 == 0 { f64::from(v) } else { -f64::from(v) })
+            .sum()
     };
     std::iter::once(norm).chain((0..8).map(projection)).collect()
 }

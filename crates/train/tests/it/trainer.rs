@@ -7,7 +7,9 @@ use cashtag_llama::lora::{Lora, LoraConfig, LoraTensors, Module};
 use cashtag_llama::model::{Checkpointing, Llama};
 use cashtag_llama::packing::TokenizedExample;
 use cashtag_llama::prompt::PromptFormat;
-use cashtag_train::{EndReason, Observer, SaveStrategy, SchedulerType, StepReport, TrainOutcome, Trainer, TrainingArguments};
+use cashtag_train::{
+    EndReason, Observer, SaveStrategy, SchedulerType, StepReport, TrainOutcome, Trainer, TrainingArguments,
+};
 
 use crate::support;
 
@@ -172,7 +174,9 @@ fn a_damaged_newest_checkpoint_falls_back() {
 fn accumulation_and_packing_are_invisible() {
     let setup = Setup::new(Precision::F32);
     let mut results = Vec::new();
-    for (batch, accumulation, packing, budget) in [(4, 1, true, 4096), (1, 4, false, 64), (2, 2, false, 64), (4, 1, true, 60)] {
+    for (batch, accumulation, packing, budget) in
+        [(4, 1, true, 4096), (1, 4, false, 64), (2, 2, false, 64), (4, 1, true, 60)]
+    {
         let dir = tempfile::tempdir().unwrap();
         let mut trainer = setup.trainer(
             dir.path(),
@@ -187,7 +191,10 @@ fn accumulation_and_packing_are_invisible() {
         );
         trainer.lora.config.lora_dropout = 0.0;
         let (_, watch) = run(&mut trainer, None);
-        results.push((watch.reports.iter().map(|r| (r.loss, r.grad_norm)).collect::<Vec<_>>(), trainer.adapter().unwrap().tensors));
+        results.push((
+            watch.reports.iter().map(|r| (r.loss, r.grad_norm)).collect::<Vec<_>>(),
+            trainer.adapter().unwrap().tensors,
+        ));
     }
     for (reports, tensors) in &results[1..] {
         for ((loss, norm), (l, n)) in results[0].0.iter().zip(reports) {
