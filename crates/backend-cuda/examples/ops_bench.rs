@@ -384,8 +384,9 @@ fn lora(b: &mut Bench, &Site { name: site, count, out, inner, residual }: &Site)
     b.line(name("dx = du·A"), (1, 0), wide * 2, wide_flop, |g, i| {
         Ok(g.matmul_nn(1.0, view(&u[i], n, r), view(&a[i], r, inner), 0.0, view_mut(&mut dx[i], n, inner))?)
     })?;
+    let mut dx_du = b.sets(t, n * (inner + r))?;
     b.line(name("dx += dropout(du·A)"), (0, 1), (wide + n * inner) * 2, wide_flop, |g, i| {
-        Ok(g.lora_backward(view(&u[i], n, r), view(&a[i], r, inner), d, &mut scratch, view_mut(&mut dx[i], n, inner))?)
+        Ok(g.lora_backward(view(&a[i], r, inner), d, &mut scratch, view_mut(&mut dx_du[i], n, inner + r))?)
     })
 }
 

@@ -326,13 +326,10 @@ impl Step {
             self.gpu.linear_lora_backward(Mat::new(dy, n, out), &weights.w, &factors, SCALE, dx_du)?;
         }
         self.factor_gradients(layer, s, width, site.inner, true)?;
-        // The gradient's buffer holds both operands; du is small, so it is read from a copy.
         let weights = &self.layers[layer % DISTINCT][s];
-        let du = Mat::new(&self.d_inputs[s], n, width).columns(site.inner, rank);
-        self.gpu.copy(du, MatMut::new(&mut self.du, n, rank))?;
-        let (du, a) = (Mat::new(&self.du, n, rank), Mat::new(&weights.a, rank, site.inner));
-        let dx = MatMut::new(&mut self.d_inputs[s], n, width).columns(0, site.inner);
-        Ok(self.gpu.lora_backward(du, a, Some(dropout(layer, s)), &mut self.u, dx)?)
+        let a = Mat::new(&weights.a, rank, site.inner);
+        let dx_du = MatMut::new(&mut self.d_inputs[s], n, width);
+        Ok(self.gpu.lora_backward(a, Some(dropout(layer, s)), &mut self.u, dx_du)?)
     }
 
     fn fused_norm(&mut self, layer: usize, s: usize, both: bool) -> Result<()> {

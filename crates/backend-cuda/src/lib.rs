@@ -216,20 +216,23 @@ impl CudaBackend {
         self.core.swiglu(of(gate_up), h.as_ref().map(of_mut), Some((dropped.0, of_mut(&dropped.1))))
     }
 
-    /// `dx ← dx + dropout(du·a)`: du T `[n, r]`, a T `[r, in]`, dx T `[n, in]`. `scratch` (T, n·in elements) is used where no kernel does
-    /// it in one pass.
+    /// `dx ← dx + dropout(du·a)`: the gradient that reaches a dropped-out input through the adapter. dx_du T `[n, in + r]` holds dx and,
+    /// behind it, du, as [`linear_lora_backward`](Self::linear_lora_backward) leaves them; a T `[r, in]`. `scratch` (T, n·in elements)
+    /// is used where no kernel does it in one pass.
     ///
     /// # Errors
     /// The device fails.
     pub fn lora_backward(
         &self,
-        du: Mat<'_, CudaBuffer>,
         a: Mat<'_, CudaBuffer>,
         dropout: Option<Dropout>,
         scratch: &mut CudaBuffer,
-        dx: MatMut<'_, CudaBuffer>,
+        dx_du: MatMut<'_, CudaBuffer>,
     ) -> Result<()> {
-        self.core.lora_backward(of(du), of(a), dropout, whole(scratch), of_mut(&dx))
+        let (a, both) = (of(a), of_mut(&dx_du));
+        assert_eq!(both.cols, a.cols + a.rows, "lora_backward: shapes do not fit");
+        let (dx, du) = (both.columns(0, a.cols), both.columns(a.cols, a.rows));
+        self.core.lora_backward(du, a, dropout, whole(scratch), dx)
     }
 
     /// A frozen linear with its adapter: `y ← [y +] x·Wᵀ + scale·Σ u_j·B_jᵀ`, each factor into its own columns of y.

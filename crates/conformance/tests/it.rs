@@ -160,18 +160,20 @@ mod cuda_fused {
             let t = compute;
             for (n, inner, rank) in [(1, 64, 8), (150, 576, 24), (333, 1536, 128), (1740, 4096, 192), (300, 100, 12)] {
                 for d in [None, Some(Dropout { p: 0.1, seed: 99, step: 3, site: 5 })] {
-                    let (a, du) = (filled(&gpu, t, rank * inner, 2), filled(&gpu, t, n * rank, 3));
+                    let a = filled(&gpu, t, rank * inner, 2);
                     let (mut scratch, mut product) =
                         (gpu.zeros(t, n * inner).unwrap(), gpu.zeros(t, n * inner).unwrap());
-                    let (mut dx, mut expected) = (filled(&gpu, t, n * inner, 5), filled(&gpu, t, n * inner, 5));
-                    let (du, a) = (Mat::new(&du, n, rank), Mat::new(&a, rank, inner));
+                    let width = inner + rank;
+                    let (mut dx, mut expected) = (filled(&gpu, t, n * width, 5), filled(&gpu, t, n * width, 5));
+                    let a = Mat::new(&a, rank, inner);
+                    let du = Mat::new(&dx, n, width).columns(inner, rank);
                     gpu.matmul_nn(1.0, du, a, 0.0, MatMut::new(&mut product, n, inner)).unwrap();
-                    let to = MatMut::new(&mut expected, n, inner);
+                    let to = MatMut::new(&mut expected, n, width).columns(0, inner);
                     match d {
                         Some(d) => gpu.dropout(Mat::new(&product, n, inner), d, true, to).unwrap(),
                         None => gpu.add(Mat::new(&product, n, inner), to).unwrap(),
                     }
-                    gpu.lora_backward(du, a, d, &mut scratch, MatMut::new(&mut dx, n, inner)).unwrap();
+                    gpu.lora_backward(a, d, &mut scratch, MatMut::new(&mut dx, n, width)).unwrap();
                     let e = error(&read(&gpu, &dx), &read(&gpu, &expected));
                     let allowed = Tolerance::of(compute).product;
                     assert!(e <= allowed, "{} {n} × {inner}, rank {rank}, {d:?}: {e:.2e}", t.name());
