@@ -396,30 +396,43 @@ mod tests {
             println!("skipped: {e}");
             return;
         }
-        let mut kernels = 0;
-        for family in Family::ALL {
-            for variant in variants(family) {
-                for sm in [75, 80, 86, 89, 90] {
-                    // Only the bf16 matrix instructions are missing from sm_75.
-                    if sm < 80 && matches!(family, Family::Attention | Family::Lora) && variant.t == Some(Dtype::Bf16) {
-                        continue;
-                    }
-                    let compiled = compile(variant, Target::Cubin(sm), &["--ptxas-options=-v"]).unwrap();
-                    let reports: Vec<&str> =
-                        compiled.log.lines().filter(|l| l.contains("bytes spill stores")).collect();
-                    assert!(!reports.is_empty(), "no resource report for {variant:?}:\n{}", compiled.log);
-                    for line in &reports {
-                        assert!(
-                            line.contains("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"),
-                            "{variant:?} on sm_{sm} spills:\n{}",
-                            compiled.log
-                        );
-                    }
-                    kernels += reports.len();
-                }
-            }
-        }
+        let jobs: Vec<(Variant, u32)> = Family::ALL
+            .into_iter()
+            .flat_map(variants)
+            .flat_map(|v| [75, 80, 86, 89, 90].map(|sm| (v, sm)))
+            // Only the bf16 matrix instructions are missing from sm_75.
+            .filter(|(v, sm)| {
+                *sm >= 80 || v.t != Some(Dtype::Bf16) || !matches!(v.family, Family::Attention | Family::Lora)
+            })
+            .collect();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let kernels: usize = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads)
+                .map(|t| {
+                    scope.spawn({
+                        let jobs = &jobs;
+                        move || jobs[t..].iter().step_by(threads).map(|&(v, sm)| no_spills(v, sm)).sum::<usize>()
+                    })
+                })
+                .collect();
+            workers.into_iter().map(|w| w.join().unwrap()).sum()
+        });
         println!("{kernels} kernels compiled");
+    }
+
+    /// Compiles a variant and looks at the compiler's report of each of its kernels; returns how many there are.
+    fn no_spills(variant: Variant, sm: u32) -> usize {
+        let compiled = compile(variant, Target::Cubin(sm), &["--ptxas-options=-v"]).unwrap();
+        let reports: Vec<&str> = compiled.log.lines().filter(|l| l.contains("bytes spill stores")).collect();
+        assert!(!reports.is_empty(), "no resource report for {variant:?}:\n{}", compiled.log);
+        for line in &reports {
+            assert!(
+                line.contains("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"),
+                "{variant:?} on sm_{sm} spills:\n{}",
+                compiled.log
+            );
+        }
+        reports.len()
     }
 
     #[test]

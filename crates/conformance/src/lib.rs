@@ -1,4 +1,4 @@
-//! The conformance suite: every operation of [`Backend`](cashtag_backend::Backend), one file per family, on a candidate against a reference.
+//! The conformance suite: every operation of [`Backend`], one file per family, on a candidate against a reference.
 //!
 //! The reference is the CPU backend in f32. Inputs are random, rounded to the candidate's compute dtype first, so that both start from the
 //! same numbers; shapes are random and awkward (ragged layouts, odd rows, strided views, one-token examples). The measure is
