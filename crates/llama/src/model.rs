@@ -169,7 +169,8 @@ impl<B: Backend> Llama<B> {
         let lm_head = if config.tie_word_embeddings {
             None
         } else {
-            Some(backend.weight(&[&*matrix("lm_head.weight", config.vocab_size, d)?])?)
+            // Loaded as an embedding: the head stays 16-bit where blocks are quantised, as with bitsandbytes.
+            Some(backend.embedding(&*matrix("lm_head.weight", config.vocab_size, d)?)?)
         };
         progress(1, total);
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
