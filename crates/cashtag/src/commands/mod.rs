@@ -4,6 +4,8 @@
 //! `settings::Flags` into their `Args` and call `resolve()`; `Flags<Inference>` leaves the flags for training out.
 
 mod bench;
+mod chat;
+mod complete;
 mod config;
 mod corpus;
 mod doctor;
@@ -25,6 +27,10 @@ pub(crate) enum Command {
     Eval(eval::Args),
     /// Classify a text, lines of standard input, or a file
     Predict(predict::Args),
+    /// Talk with a model
+    Chat(chat::Args),
+    /// Have a model answer one prompt, or a file of prompts
+    Complete(complete::Args),
     /// Measure how fast this machine trains and classifies
     Bench(bench::Args),
     /// Have a chat model write labelled tweets
@@ -50,6 +56,8 @@ impl Command {
             Command::Train(args) => train::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Predict(args) => predict::run(args),
+            Command::Chat(args) => chat::run(args),
+            Command::Complete(args) => complete::run(args),
             Command::Bench(args) => bench::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Prepare(args) => prepare::run(args),

@@ -39,6 +39,16 @@ impl Opened {
 /// # Errors
 /// No such model, damaged files, an adapter that does not fit.
 pub(crate) fn open(settings: &Settings) -> anyhow::Result<Opened> {
+    let (checkpoint, adapter) = open_model(settings)?;
+    let format = format(settings, &checkpoint, adapter.as_ref().and_then(|a| a.classifier.as_ref()))?;
+    Ok(Opened { checkpoint, format, adapter })
+}
+
+/// The model and its adapter without a prompt for labels: for commands that write text or files.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn open_model(settings: &Settings) -> anyhow::Result<(Checkpoint, Option<Adapter>)> {
     let checkpoint = match &settings.model.random_weights {
         Some(shape) => random_checkpoint(settings, shape)?,
         None => open_checkpoint(&find(settings)?)?,
@@ -52,8 +62,7 @@ pub(crate) fn open(settings: &Settings) -> anyhow::Result<Opened> {
     {
         output::warn(format!("the adapter was trained on {base}, the model is {}", settings.model.name));
     }
-    let format = format(settings, &checkpoint, adapter.as_ref().and_then(|a| a.classifier.as_ref()))?;
-    Ok(Opened { checkpoint, format, adapter })
+    Ok((checkpoint, adapter))
 }
 
 /// An adapter knows its base model: without another word from the user (`named`) that is the one to use.

@@ -23,7 +23,7 @@ mod unicode;
 use std::collections::HashMap;
 use std::path::Path;
 
-pub use decode::DecodeStream;
+pub use decode::{DecodeStream, Detokenizer};
 
 use self::added::{AddedToken, AddedTokens};
 use self::bpe::Merges;
