@@ -108,17 +108,19 @@ impl Backend for CpuBackend {
 
     fn capabilities(&self) -> Capabilities {
         let (total, free) = memory_of_the_machine();
-        let instructions = match (self.precision, simd::isa()) {
-            (Precision::Bf16, Isa::Avx512) => "bf16 by AVX512-BF16",
-            (Precision::Bf16, Isa::Avx2) => "bf16 by AVX2",
-            (Precision::Bf16, Isa::Plain) => "bf16 by scalar code (slow: this processor has no AVX2)",
-            (Precision::F32, _) => "f32",
+        let (instructions, rate) = match (self.precision, simd::isa()) {
+            (Precision::Bf16, Isa::Avx512) => ("bf16 by AVX512-BF16", 125.0),
+            (Precision::Bf16, Isa::Avx2) => ("bf16 by AVX2", 60.0),
+            (Precision::Bf16, Isa::Plain) => ("bf16 by scalar code (slow: this processor has no AVX2)", 2.0),
+            (Precision::F32, Isa::Avx512 | Isa::Avx2) => ("f32", 45.0),
+            (Precision::F32, Isa::Plain) => ("f32", 10.0),
         };
         Capabilities {
             device: "cpu".into(),
             description: format!("{}, {} threads, {instructions}", processor_name(), self.threads()),
             memory_total: total,
             memory_free: free,
+            nominal_rate: rate * self.threads() as f64,
         }
     }
 

@@ -224,6 +224,7 @@ impl Backend for CudaBackend {
             ),
             memory_total: memory.map(|m| m.1),
             memory_free: memory.map(|m| m.0),
+            nominal_rate: f64::from(device.facts.multiprocessors) * 400.0,
         }
     }
 

@@ -15,6 +15,9 @@ pub struct Capabilities {
     /// Bytes of device memory in all and free now; `None` if unknown.
     pub memory_total: Option<u64>,
     pub memory_free: Option<u64>,
+    /// What a training step gets through in matrix products, in GFLOP/s: a rough figure for the kind of device, to choose how
+    /// much work fits into minutes. Not measured, so that the same kind of machine always chooses the same.
+    pub nominal_rate: f64,
 }
 
 /// Inverted dropout (mask / (1 - p)) with the mask of [`crate::philox`].

@@ -38,8 +38,9 @@ impl Job for Train<'_> {
 
     fn run<B: Backend>(self, backend: B) -> anyhow::Result<()> {
         let Train { settings: s, reading, opened } = self;
-        let inputs = Inputs::load(s, reading, &opened)?;
-        inputs.announce(&opened, &backend.capabilities().description);
+        let device = backend.capabilities();
+        let inputs = Inputs::load(s, reading, &opened, &device)?;
+        inputs.announce(&opened, &device.description);
         let model = engine::load(&backend, &opened.checkpoint)?;
         let trained = inputs.train(&backend, &model, &opened, s, &inputs.resume_command("train", reading))?;
         let temperature = inputs.keep(&backend, &model, &opened, s, &trained)?;
