@@ -1,6 +1,7 @@
 // What the page knows, and who wants to hear of it. Events are applied here at any rate; views subscribe to topics and
 // draw in frames. Nothing grows without a bound.
 import { api } from "./api.ts";
+import { time } from "./format.ts";
 import { throttled } from "./frames.ts";
 import { Stream, type LinkState } from "./stream.ts";
 import { WINDOWS, type Alert, type Model, type Overview, type Post, type Signal, type Source, type WindowName } from "./types.ts";
@@ -149,6 +150,14 @@ class Store {
     this.model = o.model ?? null;
     this.deadLetters = o.dead_letters ?? 0;
     this.clock(o.as_of);
+  }
+
+  /** Whether a window is the newest or the one before: an older one says what was, not what is. */
+  isCurrent(s: Signal): boolean {
+    const now = time(this.asOf);
+    const start = time(s.start);
+    const end = time(s.end);
+    return now === null || start === null || end === null || now < end + (end - start);
   }
 
   private clock(iso: string | null | undefined): void {

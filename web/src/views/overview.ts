@@ -60,7 +60,7 @@ function market(scope: Scope): HTMLElement {
     const empty = { sentiment_score: null, ci_low: null, ci_high: null, mentions: 0 };
     number.update(s ?? empty);
     line.update(s ?? empty);
-    setText(trend, s && s.trend ? `${arrow(s.trend)} ${s.trend}${finite(s.momentum) === null ? "" : `, ${signed(s.momentum)} against the window before`}` : "");
+    setText(trend, s && s.trend ? `${arrow(s.trend)} ${s.trend}${finite(s.momentum) === null ? "" : `, ${signed(s.momentum)} against the windows before`}` : "");
     mentions.set(count(s?.mentions), s && s.copies ? `${count(s.copies)} copies` : "");
     authors.set(count(s?.unique_authors));
     bulls.set(percent(s?.bullish_pct));
@@ -82,6 +82,9 @@ export function ends(): HTMLElement {
   return h("div", { class: "ends", "aria-hidden": "true" }, h("span", null, "−1 bearish"), h("span", null, "0"), h("span", null, "bullish +1"));
 }
 
+/** `health_care` as people write it. */
+export const words = (key: string): string => key.replaceAll("_", " ");
+
 function sectors(scope: Scope): HTMLElement {
   const grid = h("ul", { class: "tiles", role: "list" });
   const tiles = new Map<string, { node: HTMLElement; update: (s: Signal) => void }>();
@@ -92,7 +95,7 @@ function sectors(scope: Scope): HTMLElement {
     const note = h("span", { class: "tile-note" });
     const trend = h("span", { class: "tile-trend" });
     const node = h("li", null, h("a", { class: "tile", href: `#/sector/${encodeURIComponent(s.key)}` },
-      h("span", { class: "tile-name" }, s.name ?? s.key), small.node,
+      h("span", { class: "tile-name" }, words(s.name ?? s.key)), small.node,
       h("span", { class: "tile-score" }, number.node, trend), line.node, note));
     return {
       node,
@@ -102,7 +105,9 @@ function sectors(scope: Scope): HTMLElement {
         small.update(next.sparkline);
         setText(trend, arrow(next.trend));
         setAttr(trend, "title", next.trend);
-        setText(note, `${count(next.mentions)} posts${finite(next.attention) === null ? "" : ` · attention ${times(next.attention)}`}`);
+        const current = store.isCurrent(next);
+        setAttr(node, "data-old", current ? null : "");
+        setText(note, !current ? `quiet since ${hourMinute(next.end)}` : `${count(next.mentions)} posts${finite(next.attention) === null ? "" : ` · attention ${times(next.attention)}`}`);
       },
     };
   };
@@ -168,7 +173,7 @@ function movers(scope: Scope): HTMLElement {
   const sort = (): void => {
     // Nothing moves under a pointer or a focus.
     if (order.length > 0 && (body.matches(":hover") || body.contains(document.activeElement))) return;
-    order = [...store.tickers.values()].filter((s) => (finite(s.mentions) ?? 0) > 0)
+    order = [...store.tickers.values()].filter((s) => finite(s.momentum) !== null && store.isCurrent(s))
       .sort((a, b) => weight(b) - weight(a) || b.mentions - a.mentions || a.key.localeCompare(b.key)).slice(0, MOVERS).map((s) => s.key);
     for (const key of [...rows.keys()]) if (!order.includes(key)) rows.delete(key);
   };

@@ -8,7 +8,7 @@ import { Feed } from "../parts/feed.ts";
 import { scale, score } from "../parts/scale.ts";
 import { store } from "../store.ts";
 import type { Post, Scope as SignalScope, Signal } from "../types.ts";
-import { draws, ends, figure } from "./overview.ts";
+import { draws, ends, figure, words } from "./overview.ts";
 import { Scope, type View } from "./view.ts";
 
 const EMPTY = { sentiment_score: null, ci_low: null, ci_high: null, mentions: 0 };
@@ -26,7 +26,7 @@ export function ticker(key: string, kind: SignalScope & ("ticker" | "sector")): 
     authors: figure("Authors", "Different authors"),
     attention: figure("Attention", "Posts against the usual number at this hour; z is the distance in standard deviations"),
     buzz: figure("Buzz", "0 to 100"),
-    momentum: figure("Change", "Score against the window before"),
+    momentum: figure("Change", "Score against the windows before"),
     sides: figure("Bullish / bearish", "Share of posts that are positive / negative"),
     copies: figure("Copies", "Retweets and copies of a text already seen; they count with less weight"),
     damped: figure("Damped", "Posts of authors who post in bursts; they count with less weight"),
@@ -96,13 +96,13 @@ export function ticker(key: string, kind: SignalScope & ("ticker" | "sector")): 
   const node = h("div", { class: "ticker" },
     h("section", { class: "panel market", "aria-labelledby": "ticker-title" },
       h("div", { class: "market-now" },
-        h("div", { class: "title stacked" }, h("h1", { id: "ticker-title", class: kind === "ticker" ? "symbol" : "" }, key), name),
+        h("div", { class: "title stacked" }, h("h1", { id: "ticker-title", class: kind }, words(key)), name),
         h("div", { class: "hero" }, number.node), h("div", { class: "gauge" }, line.node, ends()), note),
       h("div", null, missing, chart.node, table)),
     h("dl", { class: "panel figures wide" }, ...Object.values(figures).map((f) => f.node)),
     h("section", { class: "panel live tall", "aria-labelledby": "ticker-posts" },
       h("div", { class: "title" }, h("h2", { id: "ticker-posts" }, "Posts"), h("p", { class: "sub" }, "newest first")), feed.node, older));
-  return { title: key, node, destroy: () => scope.end() };
+  return { title: words(key), node, destroy: () => scope.end() };
 }
 
 /** The same history as numbers, for who cannot or would rather not read a chart. */
