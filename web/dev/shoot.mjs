@@ -19,13 +19,13 @@ for (const [name, options] of [
   page.on("console", (m) => ["error", "warning"].includes(m.type()) && console.log(name, m.text()));
   page.on("pageerror", (e) => console.log(name, e.message));
   for (const [view, hash] of views) {
-    await page.goto(`${url}/${hash}`);
+    await page.goto(`${url}/?window=1h${hash}`);
     await page.waitForTimeout(view === "overview" ? 3500 : 2000);
     if (view === "try") {
       await page.getByRole("button", { name: /amazing uptime/ }).click();
       await page.waitForTimeout(1500);
     }
-    await page.screenshot({ path: join(folder, `${name}-${view}.png`), fullPage: view !== "tickers" });
+    await page.screenshot({ path: join(folder, `${name}-${view}.png`), fullPage: view !== "tickers" && name !== "phone" });
   }
 }
 await browser.close();

@@ -65,7 +65,8 @@ class Store {
 
   start(): void {
     try {
-      const saved = localStorage.getItem("cashtag-window") as WindowName | null;
+      // `/?window=1h` is how a link chooses one.
+      const saved = (new URLSearchParams(location.search).get("window") ?? localStorage.getItem("cashtag-window")) as WindowName | null;
       if (saved && WINDOWS.includes(saved)) this.window = saved;
     } catch {
       // Storage may be forbidden; the default will do.

@@ -2,7 +2,7 @@
 // posts with their probabilities, those with the most weight marked.
 import { api, ApiError } from "../api.ts";
 import { h, setAttr, setText } from "../dom.ts";
-import { arrow, count, finite, hourMinute, percent, signed, times, WINDOW_WORDS } from "../format.ts";
+import { arrow, count, finite, hourMinute, percent, posts, signed, times, WINDOW_WORDS } from "../format.ts";
 import { HistoryChart } from "../parts/chart.ts";
 import { Feed } from "../parts/feed.ts";
 import { scale, score } from "../parts/scale.ts";
@@ -33,10 +33,11 @@ export function ticker(key: string, kind: SignalScope & ("ticker" | "sector")): 
   };
   draws(scope, [kind === "ticker" ? "tickers" : "sectors", "window", "snapshot"], "ticker-now", 250, () => {
     const s = latest();
-    setText(name, [s?.name, `last ${WINDOW_WORDS[store.window]}`, s ? `${hourMinute(s.start)} to ${hourMinute(s.end)}${s.final ? "" : ", still filling"}` : ""].filter(Boolean).join(" · "));
+    const over = s !== undefined && !store.isCurrent(s);
+    setText(name, [s?.name, over ? `quiet since ${hourMinute(s.end)}` : `last ${WINDOW_WORDS[store.window]}`, s && !over ? `${hourMinute(s.start)} to ${hourMinute(s.end)}${s.final ? "" : ", still filling"}` : ""].filter(Boolean).join(" · "));
     number.update(s ?? EMPTY);
     line.update(s ?? EMPTY);
-    setText(note, !s ? "" : finite(s.sentiment_score) === null ? `Too few posts for a score: ${count(s.mentions)}.`
+    setText(note, !s ? "" : finite(s.sentiment_score) === null ? `Too few for a score: ${posts(s.mentions)} from ${hourMinute(s.start)} to ${hourMinute(s.end)}.`
       : [s.trend ? `${arrow(s.trend)} ${s.trend}` : "", s.revision > 0 && s.final ? `corrected ${s.revision}× by late posts` : ""].filter(Boolean).join(" · "));
     figures.mentions.set(count(s?.mentions), s ? `${count(s.positive_count)} ▲ ${count(s.neutral_count)} ■ ${count(s.negative_count)} ▼` : "");
     figures.authors.set(count(s?.unique_authors));
