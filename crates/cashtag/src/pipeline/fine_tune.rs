@@ -66,6 +66,7 @@ fn follow_adapter(s: &mut Settings, adapter: &Adapter) -> anyhow::Result<()> {
         ("lora.lora_alpha", own.lora_alpha != said.lora_alpha),
         ("lora.target_modules", sorted(own) != sorted(&said)),
         ("lora.use_rslora", own.use_rslora != said.use_rslora),
+        ("lora.use_dora", own.use_dora != said.use_dora),
         ("lora.layers_to_transform", own.layers_to_transform != said.layers_to_transform),
     ];
     for (id, differs) in differences {
@@ -83,6 +84,7 @@ fn follow_adapter(s: &mut Settings, adapter: &Adapter) -> anyhow::Result<()> {
         TargetModules::Some(own.target_modules.iter().map(|m| m.name().to_string()).collect())
     };
     s.lora.use_rslora = own.use_rslora;
+    s.lora.use_dora = own.use_dora;
     s.lora.layers_to_transform = own.layers_to_transform.clone().map(Layers);
     let mut followed = differences.map(|(id, differs)| differs.then_some(id)).to_vec();
     if let Some(trained) = &adapter.classifier {
