@@ -12,6 +12,8 @@
 mod commit;
 mod restart;
 
+pub use restart::Parts;
+
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -17,6 +17,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use serde_json::Value;
 
 pub use read::{PostFilter, Reader, Readers};
+pub(crate) use read::{model_of, post_of_row};
 
 use crate::error::{Error, Result};
 use crate::post::ScoredPost;

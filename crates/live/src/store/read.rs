@@ -201,7 +201,7 @@ pub(crate) fn model_of(info: &str) -> ModelInfo {
     }
 }
 
-pub(super) fn post_of_row(row: &Row<'_>) -> rusqlite::Result<ScoredPost> {
+pub(crate) fn post_of_row(row: &Row<'_>) -> rusqlite::Result<ScoredPost> {
     let parsed = |column: &str| row.get::<_, String>(column);
     Ok(ScoredPost {
         seq: row.get::<_, i64>("seq")? as u64,
