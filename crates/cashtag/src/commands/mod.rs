@@ -9,6 +9,7 @@ mod corpus;
 mod doctor;
 mod eval;
 mod generate;
+mod live;
 mod predict;
 mod prepare;
 mod pull;
@@ -25,6 +26,8 @@ pub(crate) enum Command {
     Eval(eval::Args),
     /// Classify a text, lines of standard input, or a file
     Predict(predict::Args),
+    /// Score a stream of posts and turn it into signals per ticker, sector and market, on a page
+    Live(live::Args),
     /// Measure how fast this machine trains and classifies
     Bench(bench::Args),
     /// Have a chat model write labelled tweets
@@ -50,6 +53,7 @@ impl Command {
             Command::Train(args) => train::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Predict(args) => predict::run(args),
+            Command::Live(args) => live::run(args),
             Command::Bench(args) => bench::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Prepare(args) => prepare::run(args),

@@ -8,4 +8,5 @@ pub(crate) mod engine;
 pub(crate) mod fine_tune;
 pub(crate) mod report;
 pub(crate) mod sides;
+pub(crate) mod stream;
 pub(crate) mod training;

@@ -74,6 +74,19 @@ impl Reader {
         })
     }
 
+    /// All series that there ever were.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn series(&self) -> Result<Vec<(Scope, String)>> {
+        self.run(|db| {
+            let mut statement = db.prepare_cached("SELECT scope, key FROM series ORDER BY scope, key")?;
+            let scope = |n: i64| Scope::ALL.get(n as usize).copied().unwrap_or(Scope::Ticker);
+            let rows = statement.query_map([], |r| Ok((scope(r.get(0)?), r.get(1)?)))?;
+            rows.collect()
+        })
+    }
+
     /// The windows of one series, oldest first; the newest `limit` of those in the range.
     ///
     /// # Errors
