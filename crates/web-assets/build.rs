@@ -88,5 +88,9 @@ fn write_asset(table: &mut String, dist: &Path, file: &Path) {
 }
 
 fn absolute(path: &Path) -> String {
-    fs::canonicalize(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())).to_str().expect("a UTF-8 path").to_string()
+    fs::canonicalize(path)
+        .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+        .to_str()
+        .expect("a UTF-8 path")
+        .to_string()
 }

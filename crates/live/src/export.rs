@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow_array::builder::{
-    BooleanBuilder, Float64Builder, Int64Builder, ListBuilder, StringBuilder, TimestampMillisecondBuilder, UInt32Builder,
+    BooleanBuilder, Float64Builder, Int64Builder, ListBuilder, StringBuilder, TimestampMillisecondBuilder,
+    UInt32Builder,
 };
 use arrow_array::{ArrayRef, RecordBatch};
 use cashtag_corpus::formats::AtomicFile;
@@ -51,13 +52,18 @@ pub fn export(data: &Path, out: &Path, since: Option<Millis>) -> Result<Exported
         let rows = statement.query_map([], |r| Ok((r.get(0)?, model_of(&r.get::<_, String>(1)?))))?;
         rows.collect()
     })?;
-    for day in days(&reader, "SELECT DISTINCT event_time / 86400000 FROM posts WHERE event_time >= ?1 ORDER BY 1", since)? {
+    for day in
+        days(&reader, "SELECT DISTINCT event_time / 86400000 FROM posts WHERE event_time >= ?1 ORDER BY 1", since)?
+    {
         let path = out.join(format!("scores/date={}/scores.parquet", time::date(day)));
         exported.posts += write_scores(&reader, &models, day, &path)?;
         exported.files.push(path);
     }
     for window in Window::ALL {
-        let sql = format!("SELECT DISTINCT start / 86400000 FROM bars WHERE window = {} AND start >= ?1 ORDER BY 1", window as i64);
+        let sql = format!(
+            "SELECT DISTINCT start / 86400000 FROM bars WHERE window = {} AND start >= ?1 ORDER BY 1",
+            window as i64
+        );
         for day in days(&reader, &sql, since)? {
             let path = out.join(format!("bars/interval={}/date={}/bars.parquet", window.name(), time::date(day)));
             exported.bars += write_bars(&reader, window, day, &path)?;
@@ -88,9 +94,11 @@ impl Table {
     }
 
     fn write(&mut self, columns: Vec<(String, ArrayRef)>) -> Result<()> {
-        let wrong = |path: &Path, e: &dyn std::fmt::Display| Error::Invalid(format!("cannot write {}: {e}", path.display()));
-        let batch = RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(name, array)| (name, array, true)))
-            .map_err(|e| wrong(&self.path, &e))?;
+        let wrong =
+            |path: &Path, e: &dyn std::fmt::Display| Error::Invalid(format!("cannot write {}: {e}", path.display()));
+        let batch =
+            RecordBatch::try_from_iter_with_nullable(columns.into_iter().map(|(name, array)| (name, array, true)))
+                .map_err(|e| wrong(&self.path, &e))?;
         let writer = match &mut self.writer {
             Some(writer) => writer,
             none => {
@@ -107,7 +115,8 @@ impl Table {
 
     fn finish(self) -> Result<u64> {
         if let Some(writer) = self.writer {
-            let wrong = |e: &dyn std::fmt::Display| Error::Invalid(format!("cannot write {}: {e}", self.path.display()));
+            let wrong =
+                |e: &dyn std::fmt::Display| Error::Invalid(format!("cannot write {}: {e}", self.path.display()));
             writer.into_inner().map_err(|e| wrong(&e))?.commit()?;
         }
         Ok(self.rows)
@@ -214,9 +223,9 @@ fn score_columns(
     add("is_copy_of", texts(each().map(|p| p.is_copy_of.as_deref())));
     add("damped", flags(each().map(|p| p.damped)));
     add("too_late", flags(each().map(|p| p.too_late)));
-    add("model_id", of_model(|m| Some(&m.model_hash)));
+    add("model_id", of_model(|m| Some(m.model_hash.as_str())));
     add("adapter_sha", of_model(|m| m.adapter_hash.as_deref()));
-    add("prompt_hash", of_model(|m| Some(&m.prompt_hash)));
+    add("prompt_hash", of_model(|m| Some(m.prompt_hash.as_str())));
     columns
 }
 

@@ -36,12 +36,14 @@ const DEMO_SYMBOLS: &[u8] = include_bytes!("../../../live/demo/watchlist.csv");
 
 #[derive(clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
-#[command(after_help = "Examples:\n  cashtag live --demo --adapter runs/mine\n  cashtag live --bluesky --adapter runs/mine\n  \
+#[command(
+    after_help = "Examples:\n  cashtag live --demo --adapter runs/mine\n  cashtag live --bluesky --adapter runs/mine\n  \
 cashtag live --replay day.jsonl --speed 60 --alert \"score_z > 3 and mentions > 20 in 5m\"\n  \
 cashtag live --data live-data            # only what is posted to /v1/ingest\n  \
 cashtag live export --out parquet\n\n\
 Everything is kept in --data: the same command goes on where it was stopped, or killed.\n\
-X: the bearer token is read from X_BEARER_TOKEN. docs/live.md has the rest.")]
+X: the bearer token is read from X_BEARER_TOKEN. docs/live.md has the rest."
+)]
 pub(crate) struct Args {
     #[command(subcommand)]
     action: Option<Action>,
@@ -311,7 +313,8 @@ fn sources(args: &Args, tickers: Arc<dyn Tickers>) -> anyhow::Result<Vec<Box<dyn
         sources.push(Box::new(Replay::stdin(speed)));
     }
     if s.bluesky {
-        let options = JetstreamOptions { url: s.bluesky_url.clone(), all: s.bluesky_all, ..JetstreamOptions::default() };
+        let options =
+            JetstreamOptions { url: s.bluesky_url.clone(), all: s.bluesky_all, ..JetstreamOptions::default() };
         sources.push(Box::new(Jetstream::new(options, tickers)));
     }
     if s.x_stream || s.x_search {
@@ -334,7 +337,10 @@ fn sources(args: &Args, tickers: Arc<dyn Tickers>) -> anyhow::Result<Vec<Box<dyn
 fn x_options(args: &Args) -> anyhow::Result<XOptions> {
     let s = &args.sources;
     let Some(bearer) = std::env::var("X_BEARER_TOKEN").ok().filter(|t| !t.trim().is_empty()) else {
-        bail!(Usage("X needs a bearer token in X_BEARER_TOKEN\n  hint: the developer portal shows it under Keys and tokens".into()))
+        bail!(Usage(
+            "X needs a bearer token in X_BEARER_TOKEN\n  hint: the developer portal shows it under Keys and tokens"
+                .into()
+        ))
     };
     let Some(watch_list) = s.watch_list.clone() else { bail!(Usage("X needs --watch-list".into())) };
     let budget = data_path(args).join("x-budget.json");
@@ -434,10 +440,19 @@ fn quality(adapter: Option<&Path>) -> serde_json::Value {
 fn write_export(args: &Export) -> anyhow::Result<()> {
     let since = match &args.since {
         None => None,
-        Some(text) => Some(time::parse(text).ok_or_else(|| Usage(format!("--since takes a day such as 2026-11-28, found {text:?}")))?),
+        Some(text) => Some(
+            time::parse(text)
+                .ok_or_else(|| Usage(format!("--since takes a day such as 2026-11-28, found {text:?}")))?,
+        ),
     };
     let written = export::export(&args.data, &args.out, since)?;
-    output::note(format!("{} posts, {} windows, {} files in {}", written.posts, written.bars, written.files.len(), args.out.display()));
+    output::note(format!(
+        "{} posts, {} windows, {} files in {}",
+        written.posts,
+        written.bars,
+        written.files.len(),
+        args.out.display()
+    ));
     Ok(())
 }
 

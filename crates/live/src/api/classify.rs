@@ -45,7 +45,8 @@ pub(super) async fn classify(State(api): State<Api>, body: Bytes) -> Result<Resp
 }
 
 fn texts(body: &[u8]) -> Result<Vec<String>, Problem> {
-    let value: Value = serde_json::from_slice(body).map_err(|e| bad("bad_json", format!("the body is no JSON: {e}")))?;
+    let value: Value =
+        serde_json::from_slice(body).map_err(|e| bad("bad_json", format!("the body is no JSON: {e}")))?;
     let texts = match &value["input"] {
         Value::String(text) => vec![text.clone()],
         Value::Array(all) => {
@@ -55,7 +56,11 @@ fn texts(body: &[u8]) -> Result<Vec<String>, Problem> {
         _ => return Err(bad("bad_input", "input is a text or an array of texts").param("input")),
     };
     if texts.is_empty() || texts.len() > MAX_TEXTS {
-        return Err(bad("bad_input", format!("1 to {MAX_TEXTS} texts at a time; the service (cashtag serve) takes more")).param("input"));
+        return Err(bad(
+            "bad_input",
+            format!("1 to {MAX_TEXTS} texts at a time; the service (cashtag serve) takes more"),
+        )
+        .param("input"));
     }
     if texts.iter().any(|t| t.trim().is_empty() || t.len() > MAX_TEXT) {
         return Err(bad("bad_input", format!("a text has 1 to {MAX_TEXT} bytes")).param("input"));

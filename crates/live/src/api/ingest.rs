@@ -50,25 +50,32 @@ pub(super) async fn ingest(State(api): State<Api>, Query(q): Parameters, body: B
         Err(_) => return Err(unavailable()),
     };
     board.set(&source, SourceState::Connected, "");
-    rejected.extend(delivered.rejected.into_iter().map(|(i, reason)| (lines.get(i).copied().unwrap_or(0), reason, String::new())));
+    rejected.extend(
+        delivered.rejected.into_iter().map(|(i, reason)| (lines.get(i).copied().unwrap_or(0), reason, String::new())),
+    );
     rejected.sort();
-    let rejected: Vec<Value> = rejected.into_iter().map(|(line, reason, _)| json!({"line": line, "reason": reason})).collect();
+    let rejected: Vec<Value> =
+        rejected.into_iter().map(|(line, reason, _)| json!({"line": line, "reason": reason})).collect();
     let answer = json!({"accepted": delivered.accepted, "duplicates": delivered.duplicates, "rejected": rejected});
     Ok(json_response(StatusCode::ACCEPTED, &answer))
 }
 
 /// The name of a source that posts over HTTP: of few, and none that another source has.
 fn source(name: &str, api: &Api) -> Result<String, Problem> {
-    let sound = !name.is_empty() && name.len() <= 32 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    let sound =
+        !name.is_empty() && name.len() <= 32 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
     if !sound {
         return Err(bad("bad_source", "source has 1 to 32 letters, digits, dots, dashes").param("source"));
     }
     let sources = api.shared.inlet.board().all();
     match sources.get(name) {
         Some(other) if other.kind != "http" => {
-            Err(Problem::new(StatusCode::CONFLICT, "source_taken", format!("{name} is a source of another kind")).param("source"))
+            Err(Problem::new(StatusCode::CONFLICT, "source_taken", format!("{name} is a source of another kind"))
+                .param("source"))
         }
-        None if sources.len() >= MAX_SOURCES => Err(bad("too_many_sources", format!("there are {MAX_SOURCES} sources already"))),
+        None if sources.len() >= MAX_SOURCES => {
+            Err(bad("too_many_sources", format!("there are {MAX_SOURCES} sources already")))
+        }
         _ => Ok(name.to_owned()),
     }
 }
@@ -94,7 +101,9 @@ fn parse(text: &str) -> Result<Parsed, Problem> {
     if text.trim().is_empty() {
         return Err(bad("empty_body", "the body has no post; send {\"text\": …} or one such object a line"));
     }
-    let too_many = || Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_many_posts", format!("at most {MAX_POSTS} posts at a time"));
+    let too_many = || {
+        Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_many_posts", format!("at most {MAX_POSTS} posts at a time"))
+    };
     match serde_json::from_str::<Value>(text) {
         Ok(Value::Array(all)) => {
             if all.len() > MAX_POSTS {

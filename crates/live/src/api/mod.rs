@@ -75,9 +75,12 @@ async fn read<T: Send + 'static>(
     let readers = api.shared.readers.clone();
     let outcome = tokio::task::spawn_blocking(move || readers.with(work)).await;
     let failed = |_: Error| {
-        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", "the store cannot be read at the moment").retry_after(1)
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", "the store cannot be read at the moment")
+            .retry_after(1)
     };
-    outcome.map_err(|_| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "reading was given up"))?.map_err(failed)
+    outcome
+        .map_err(|_| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "reading was given up"))?
+        .map_err(failed)
 }
 
 fn window(q: &HashMap<String, String>) -> Result<Window, Problem> {
@@ -100,7 +103,8 @@ fn count(q: &HashMap<String, String>, name: &'static str, default: usize, most: 
 
 fn moment(q: &HashMap<String, String>, name: &'static str, default: Millis) -> Result<Millis, Problem> {
     let Some(text) = q.get(name).filter(|t| !t.is_empty()) else { return Ok(default) };
-    time::parse(text).ok_or_else(|| bad("bad_time", format!("{name} is a time such as 2026-11-28T09:00:00Z")).param(name))
+    time::parse(text)
+        .ok_or_else(|| bad("bad_time", format!("{name} is a time such as 2026-11-28T09:00:00Z")).param(name))
 }
 
 async fn health(State(api): State<Api>) -> Response {
@@ -126,7 +130,12 @@ async fn metrics(State(api): State<Api>) -> Response {
     for (name, help, kind, value) in shared.counters.all() {
         line(name, help, kind, &[(String::new(), value.to_string())]);
     }
-    line("backlog_posts", "Posts in the log that are not counted yet", "gauge", &[(String::new(), shared.inlet.backlog().to_string())]);
+    line(
+        "backlog_posts",
+        "Posts in the log that are not counted yet",
+        "gauge",
+        &[(String::new(), shared.inlet.backlog().to_string())],
+    );
     let delays = shared.delays.lock().unwrap_or_else(std::sync::PoisonError::into_inner).to_json();
     for (name, value) in delays.as_object().into_iter().flatten().filter(|(_, v)| v.is_number()) {
         line(name, "Delay in milliseconds", "gauge", &[(String::new(), value.to_string())]);
@@ -137,7 +146,12 @@ async fn metrics(State(api): State<Api>) -> Response {
     };
     line("source_posts_total", "Posts delivered", "counter", &each(&|s| s.posts_total.to_string()));
     line("source_reconnects_total", "Connections that were lost", "counter", &each(&|s| s.reconnects.to_string()));
-    line("source_up", "1 if connected", "gauge", &each(&|s| u8::from(s.state == crate::board::State::Connected).to_string()));
+    line(
+        "source_up",
+        "1 if connected",
+        "gauge",
+        &each(&|s| u8::from(s.state == crate::board::State::Connected).to_string()),
+    );
     ([(header::CONTENT_TYPE, cashtag_http::metrics::CONTENT_TYPE)], text).into_response()
 }
 

@@ -20,10 +20,19 @@ pub(super) async fn widgets() -> Response {
     let plain = |field: &str, header: &str| json!({"field": field, "headerName": header, "cellDataType": "number"});
     let text = |field: &str, header: &str| json!({"field": field, "headerName": header, "cellDataType": "text"});
     let signal_columns = json!([
-        text("key", "Key"), text("name", "Name"), number("sentiment_score", "Sentiment"), plain("mentions", "Mentions"),
-        plain("unique_authors", "Authors"), plain("bullish_pct", "Bullish %"), plain("bearish_pct", "Bearish %"),
-        plain("buzz_score", "Buzz"), plain("attention", "Attention"), number("momentum", "Momentum"), text("trend", "Trend"),
-        text("start", "Window")]);
+        text("key", "Key"),
+        text("name", "Name"),
+        number("sentiment_score", "Sentiment"),
+        plain("mentions", "Mentions"),
+        plain("unique_authors", "Authors"),
+        plain("bullish_pct", "Bullish %"),
+        plain("bearish_pct", "Bearish %"),
+        plain("buzz_score", "Buzz"),
+        plain("attention", "Attention"),
+        number("momentum", "Momentum"),
+        text("trend", "Trend"),
+        text("start", "Window")
+    ]);
     let table = |name: &str, description: &str, endpoint: &str, columns: &Value, parameters: Value| {
         json!({"name": name, "description": description, "category": "Sentiment", "type": "table", "endpoint": endpoint,
                "gridData": {"w": 20, "h": 9}, "source": "cashtag", "params": parameters,
@@ -52,7 +61,11 @@ pub(super) async fn apps() -> Response {
 }
 
 /// Rows for a table: flat objects.
-pub(super) async fn table(State(api): State<Api>, Path(name): Path<String>, Query(q): Parameters) -> Result<Response, Problem> {
+pub(super) async fn table(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    Query(q): Parameters,
+) -> Result<Response, Problem> {
     if name == "posts" {
         let ticker = q.get("ticker").filter(|t| !t.is_empty()).map(|t| t.trim_start_matches('$').to_uppercase());
         let filter = PostFilter { ticker, limit: 100, ..PostFilter::default() };
@@ -60,7 +73,11 @@ pub(super) async fn table(State(api): State<Api>, Path(name): Path<String>, Quer
         return Ok(ok(&Value::Array(posts)));
     }
     let Some(scope) = Scope::of_name(&name) else {
-        return Err(Problem::new(StatusCode::NOT_FOUND, "unknown_table", "tables are ticker, sector, market and posts"));
+        return Err(Problem::new(
+            StatusCode::NOT_FOUND,
+            "unknown_table",
+            "tables are ticker, sector, market and posts",
+        ));
     };
     let window = window(&q)?;
     let snapshot = api.shared.snapshot();

@@ -11,7 +11,9 @@ use crate::store::PostFilter;
 pub(super) async fn list(State(api): State<Api>, Query(q): Parameters) -> Result<Response, Problem> {
     let before = match q.get("before").filter(|b| !b.is_empty()) {
         None => None,
-        Some(text) => Some(text.parse::<u64>().map_err(|_| bad("bad_number", "before is the seq of a post").param("before"))?),
+        Some(text) => {
+            Some(text.parse::<u64>().map_err(|_| bad("bad_number", "before is the seq of a post").param("before"))?)
+        }
     };
     let given = |name: &str| q.get(name).filter(|v| !v.is_empty()).cloned();
     let ticker = given("ticker").map(|t| t.trim_start_matches('$').to_uppercase());

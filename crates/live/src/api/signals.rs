@@ -38,8 +38,11 @@ pub(super) async fn overview(State(api): State<Api>, Query(q): Parameters) -> Re
 fn movers(snapshot: &Snapshot, window: Window) -> Vec<&Signal> {
     let recent = window.start(snapshot.latest).saturating_sub(window.size());
     let strength = |s: &Signal| s.values.momentum.unwrap_or(0.0).abs() * s.values.mentions as f64;
-    let mut all: Vec<&Signal> =
-        snapshot.all(window, Scope::Ticker).map(|s| &**s).filter(|s| s.start >= recent && s.values.momentum.is_some()).collect();
+    let mut all: Vec<&Signal> = snapshot
+        .all(window, Scope::Ticker)
+        .map(|s| &**s)
+        .filter(|s| s.start >= recent && s.values.momentum.is_some())
+        .collect();
     all.sort_by(|a, b| strength(b).total_cmp(&strength(a)).then_with(|| a.key.cmp(&b.key)));
     all.truncate(MOVERS);
     all

@@ -19,9 +19,14 @@ use crate::windows::Window;
 
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
-pub(super) async fn stream(State(api): State<Api>, Query(q): Parameters, headers: HeaderMap) -> Result<Response, Problem> {
+pub(super) async fn stream(
+    State(api): State<Api>,
+    Query(q): Parameters,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
     let window = window(&q)?;
-    let last = headers.get("last-event-id").and_then(|v| v.to_str().ok()).or(q.get("last_event_id").map(String::as_str));
+    let last =
+        headers.get("last-event-id").and_then(|v| v.to_str().ok()).or(q.get("last_event_id").map(String::as_str));
     let has_been_here = last.is_some_and(|l| !l.is_empty());
     // A number that is none is one that is not known: everything anew.
     let last = has_been_here.then(|| last.and_then(|l| l.parse().ok()).unwrap_or(0));

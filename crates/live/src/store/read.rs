@@ -100,19 +100,17 @@ impl Reader {
         limit: usize,
     ) -> Result<Vec<Signal>> {
         self.run(|db| {
-            let name = db
-                .query_row("SELECT name FROM series WHERE scope = ?1 AND key = ?2", params![scope as i64, key], |r| r.get(0))
-                .optional()?
-                .flatten();
+            let sql = "SELECT name FROM series WHERE scope = ?1 AND key = ?2";
+            let name =
+                db.query_row(sql, params![scope as i64, key], |r| r.get::<_, Option<String>>(0)).optional()?.flatten();
             let mut statement = db.prepare_cached(
                 "SELECT start, revision, data FROM windows WHERE window = ?1 AND scope = ?2 AND key = ?3 \
                  AND start >= ?4 AND start <= ?5 ORDER BY start DESC LIMIT ?6",
             )?;
-            let name: Option<String> = name;
-            let rows = statement.query_map(
-                params![window as i64, scope as i64, key, range.0, range.1, limit as i64],
-                |row| signal_of_row(row, scope, key, name.as_deref(), window),
-            )?;
+            let rows = statement
+                .query_map(params![window as i64, scope as i64, key, range.0, range.1, limit as i64], |row| {
+                    signal_of_row(row, scope, key, name.as_deref(), window)
+                })?;
             let mut signals = rows.collect::<rusqlite::Result<Vec<_>>>()?;
             signals.reverse();
             Ok(signals)

@@ -16,7 +16,9 @@ use crate::rig::{Rig, listening, options, write};
 fn replayed(dir: &std::path::Path, count: usize) -> Rig {
     let path = write(dir, "day.jsonl", &lines(&stream(count, 11)));
     let rig = Rig::start(listening(&dir.join("data")), vec![Box::new(Replay::file(path, Speed::Fastest))]);
-    rig.until("all is counted", |r| r.scored() == count as u64 && r.get("/v1/overview?window=1d")["market"].is_object());
+    rig.until("all is counted", |r| {
+        r.scored() == count as u64 && r.get("/v1/overview?window=1d")["market"].is_object()
+    });
     rig.until("the source is done", |r| r.get("/v1/overview")["sources"][0]["state"] == "done");
     rig
 }
@@ -32,19 +34,57 @@ fn every_route_answers_as_the_contract_says() {
     let dir = tempfile::tempdir().unwrap();
     let rig = replayed(dir.path(), 500);
     let overview = rig.get("/v1/overview?window=1h");
-    assert_eq!(keys(&overview), ["as_of", "dead_letters", "lag", "market", "model", "movers", "sectors", "sources", "window"]);
+    assert_eq!(
+        keys(&overview),
+        ["as_of", "dead_letters", "lag", "market", "model", "movers", "sectors", "sources", "window"]
+    );
     assert_eq!(keys(&overview["model"]), ["adapter", "labels", "name", "temperature"]);
     assert_eq!(
         keys(&overview["sources"][0]),
-        ["detail", "kind", "lag_ms", "last_post_at", "name", "posts_per_s", "posts_total", "reconnects", "since", "state"]
+        [
+            "detail",
+            "kind",
+            "lag_ms",
+            "last_post_at",
+            "name",
+            "posts_per_s",
+            "posts_total",
+            "reconnects",
+            "since",
+            "state"
+        ]
     );
     let signals = rig.get("/v1/signals?window=1d&scope=ticker&limit=2&offset=1");
     assert_eq!((&signals["count"], signals["signals"].as_array().unwrap().len()), (&json!(5), 2));
     let signal = &signals["signals"][0];
     for name in [
-        "key", "scope", "name", "window", "start", "end", "final", "revision", "mentions", "unique_authors", "positive_count",
-        "neutral_count", "negative_count", "sentiment_score", "ci_low", "ci_high", "bullish_pct", "bearish_pct", "buzz_score",
-        "attention", "attention_z", "momentum", "trend", "copies", "damped", "top_posts", "sparkline",
+        "key",
+        "scope",
+        "name",
+        "window",
+        "start",
+        "end",
+        "final",
+        "revision",
+        "mentions",
+        "unique_authors",
+        "positive_count",
+        "neutral_count",
+        "negative_count",
+        "sentiment_score",
+        "ci_low",
+        "ci_high",
+        "bullish_pct",
+        "bearish_pct",
+        "buzz_score",
+        "attention",
+        "attention_z",
+        "momentum",
+        "trend",
+        "copies",
+        "damped",
+        "top_posts",
+        "sparkline",
     ] {
         assert!(signal.get(name).is_some(), "{name} in {signal}");
     }
@@ -54,7 +94,8 @@ fn every_route_answers_as_the_contract_says() {
     assert!(low.as_f64() <= score.as_f64() && score.as_f64() <= high.as_f64());
 
     let history = rig.get("/v1/signals/aaa?window=1m");
-    let starts: Vec<&str> = history["signals"].as_array().unwrap().iter().map(|s| s["start"].as_str().unwrap()).collect();
+    let starts: Vec<&str> =
+        history["signals"].as_array().unwrap().iter().map(|s| s["start"].as_str().unwrap()).collect();
     assert!(starts.len() >= 5 && starts.is_sorted() && history["key"] == "AAA");
     let from = format!("/v1/signals/AAA?window=1m&from={}&to={}", starts[2], starts[3]);
     assert_eq!(rig.get(&from)["signals"].as_array().unwrap().len(), 2);
@@ -70,8 +111,10 @@ fn every_route_answers_as_the_contract_says() {
     assert_eq!(keys(&post["tickers"][0]), ["end", "start", "symbol"]);
     assert!(post["author"].as_str().unwrap().len() == 16 && post["text"].as_str().unwrap().contains("$AAA"));
     let all = rig.get("/v1/posts?limit=500");
-    assert_eq!((all["posts"].as_array().unwrap().len(), &rig.get("/v1/posts?sector=energy&limit=1")["posts"][0]["sectors"]),
-        (500, &rig.get("/v1/posts?sector=energy&limit=1")["posts"][0]["sectors"]));
+    assert_eq!(
+        (all["posts"].as_array().unwrap().len(), &rig.get("/v1/posts?sector=energy&limit=1")["posts"][0]["sectors"]),
+        (500, &rig.get("/v1/posts?sector=energy&limit=1")["posts"][0]["sectors"])
+    );
 
     assert_eq!(rig.get("/v1/alerts")["items"], json!([]));
     assert_eq!(rig.get("/v1/dead-letters")["items"], json!([]));
@@ -89,7 +132,10 @@ fn every_route_answers_as_the_contract_says() {
         assert!(widgets.get(item["i"].as_str().unwrap()).is_some());
     }
     let (status, answer) = rig.post("/v1/classify", r#"{"input": ["$AAA goes up", "down"]}"#);
-    assert_eq!((status, &answer["data"][0]["label"], &answer["data"][1]["probabilities"]["Negative"]), (200, &json!("Positive"), &json!(0.75)));
+    assert_eq!(
+        (status, &answer["data"][0]["label"], &answer["data"][1]["probabilities"]["Negative"]),
+        (200, &json!("Positive"), &json!(0.75))
+    );
     assert_eq!(answer["data"][0]["tickers"], json!([{"symbol": "AAA", "start": 0, "end": 4}]));
 }
 
@@ -147,7 +193,12 @@ fn ingested_posts_are_durable_known_and_counted() {
 }
 
 /// Reads events until enough have come.
-fn events(url: &str, path: &str, last: Option<&str>, enough: impl Fn(&[(String, String, String)]) -> bool) -> Vec<(String, String, String)> {
+fn events(
+    url: &str,
+    path: &str,
+    last: Option<&str>,
+    enough: impl Fn(&[(String, String, String)]) -> bool,
+) -> Vec<(String, String, String)> {
     let mut socket = TcpStream::connect(url.trim_start_matches("http://")).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(15))).unwrap();
     let last = last.map_or(String::new(), |id| format!("Last-Event-ID: {id}\r\n"));
@@ -192,7 +243,11 @@ fn a_stream_goes_on_where_it_was_cut_off() {
     let seen = serde_json::from_str::<Value>(data).unwrap()["seq"].as_u64().unwrap();
     send("later");
     let rest = events(&rig.url, "/v1/stream?window=1m", Some(id), |e| e.iter().any(|e| e.2.contains("\"later\"")));
-    let seqs: Vec<u64> = rest.iter().filter(|e| e.1 == "post").map(|e| serde_json::from_str::<Value>(&e.2).unwrap()["seq"].as_u64().unwrap()).collect();
+    let seqs: Vec<u64> = rest
+        .iter()
+        .filter(|e| e.1 == "post")
+        .map(|e| serde_json::from_str::<Value>(&e.2).unwrap()["seq"].as_u64().unwrap())
+        .collect();
     assert_eq!(seqs, (seen + 1..=seen + seqs.len() as u64).collect::<Vec<_>>(), "none twice, none missing");
     assert!(rest.iter().filter(|e| e.1 == "signal").all(|e| e.2.contains("\"window\":\"1m\"")));
     // A number from another life.
@@ -211,13 +266,25 @@ fn keys_stand_before_everything_but_the_page() {
         ..Config::default()
     };
     let rig = Rig::start(LiveOptions { http: Some(http), ..options(&dir.path().join("data")) }, Vec::new());
-    for path in ["/v1/overview", "/v1/signals", "/v1/posts", "/v1/stream", "/v1/quality", "/metrics", "/widgets.json", "/v1/dead-letters"] {
+    for path in [
+        "/v1/overview",
+        "/v1/signals",
+        "/v1/posts",
+        "/v1/stream",
+        "/v1/quality",
+        "/metrics",
+        "/widgets.json",
+        "/v1/dead-letters",
+    ] {
         assert_eq!(rig.ask("GET", path, None).0, 401, "{path}");
     }
     assert_eq!(rig.post("/v1/ingest", "{}").0, 401);
     assert_eq!(rig.post("/v1/classify", "{}").0, 401);
     assert_eq!((rig.ask("GET", "/", None).0, rig.ask("GET", "/health", None).0), (200, 200));
-    let mut answer = ureq::get(&format!("{}/v1/overview", rig.url)).header("authorization", "Bearer a-key-of-sixteen-or-more").call().unwrap();
+    let mut answer = ureq::get(&format!("{}/v1/overview", rig.url))
+        .header("authorization", "Bearer a-key-of-sixteen-or-more")
+        .call()
+        .unwrap();
     assert!(answer.body_mut().read_to_string().unwrap().contains("movers"));
     // The page comes with a policy under which nothing of a post can run.
     let mut socket = TcpStream::connect(rig.url.trim_start_matches("http://")).unwrap();
@@ -259,7 +326,8 @@ fn alerts_are_shown_stored_once_and_sent_until_they_are_taken() {
         }
     });
     let start = |rule: &str| {
-        let options = LiveOptions { rules: vec![Rule::parse(rule).unwrap()], webhook: Some(hook.clone()), ..listening(&data) };
+        let options =
+            LiveOptions { rules: vec![Rule::parse(rule).unwrap()], webhook: Some(hook.clone()), ..listening(&data) };
         Rig::start(options, Vec::new())
     };
     let rule = "mentions >= 3 in 1d for AAA";

@@ -47,7 +47,11 @@ impl SmallDisk {
     fn new(kilobytes: u32) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let size = format!("size={kilobytes}k");
-        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()).stderr(Stdio::null()).status();
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &size, "tmpfs"])
+            .arg(folder.path())
+            .stderr(Stdio::null())
+            .status();
         if mount.is_ok_and(|status| status.success()) {
             return Some(Self(folder));
         }
@@ -79,12 +83,18 @@ fn a_full_disk_makes_sources_wait_and_room_lets_them_go_on() {
     let waits = |r: &Rig| r.shared.inlet.board().to_json()[0]["detail"].as_str().unwrap().contains("waiting");
     rig.until("it notices", |r| failures(r) > 0 || waits(r));
     // A full disk refuses posts; it does not lose them.
+    let mut attempt = 0;
     rig.until("posts are refused", |r| {
-        let body: String = (0..200).map(|i| json!({"id": format!("f{i}"), "text": "x".repeat(5_000)}).to_string() + "\n").collect();
+        attempt += 1;
+        let body: String = (0..200)
+            .map(|i| json!({"id": format!("{attempt}-{i}"), "text": "x".repeat(5_000)}).to_string() + "\n")
+            .collect();
         r.post("/v1/ingest?source=filler", &body).0 == 503
     });
     disk.grow(200_000);
-    rig.until("all are counted", |r| r.get("/v1/overview").to_string().contains("\"state\":\"done\"") && r.shared.inlet.backlog() == 0);
+    rig.until("all are counted", |r| {
+        r.get("/v1/overview").to_string().contains("\"state\":\"done\"") && r.shared.inlet.backlog() == 0
+    });
     rig.stop();
     let mut found = crate::oracle::found_unchecked(&data);
     let day = Window::D1.start(posts[0].time);
@@ -96,8 +106,11 @@ fn a_full_disk_makes_sources_wait_and_room_lets_them_go_on() {
 fn posts_from_the_future_and_the_far_past_close_nothing_and_stop_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::start(listening(&dir.path().join("data")), Vec::new());
-    for (id, time) in [("1", "9999-12-31T23:59:59Z"), ("2", "0001-01-01T00:00:00Z"), ("3", "2038-01-19T03:14:08Z"), ("4", "1e16")] {
-        let (status, answer) = rig.post("/v1/ingest", &json!({"id": id, "text": "$AAA up", "created_at": time}).to_string());
+    for (id, time) in
+        [("1", "9999-12-31T23:59:59Z"), ("2", "0001-01-01T00:00:00Z"), ("3", "2038-01-19T03:14:08Z"), ("4", "1e16")]
+    {
+        let (status, answer) =
+            rig.post("/v1/ingest", &json!({"id": id, "text": "$AAA up", "created_at": time}).to_string());
         assert_eq!((status, &answer["accepted"]), (202, &json!(1)), "{answer}");
     }
     rig.until("they are counted", |r| r.get("/v1/posts")["posts"].as_array().unwrap().len() == 4);

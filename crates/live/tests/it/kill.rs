@@ -8,7 +8,9 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use cashtag_live::LiveOptions;
 use cashtag_live::sources::file::{Replay, Speed};
+use cashtag_live::time::DAY;
 use serde_json::Value;
 
 use crate::oracle::{Given, compare, expect, found, lines, stream};
@@ -22,13 +24,19 @@ fn the_process() {
     let replay = Replay::file(dir.join("day.jsonl"), Speed::Fastest);
     // Slow enough that kills hit it at work.
     let mut model = Pure { pause: Duration::from_millis(4), batch: 32 };
-    let mut options = listening(&dir.join("data"));
+    let mut options = patient(listening(&dir.join("data")));
     options.pipeline.checkpoint_every = Duration::from_millis(20);
     options.log.segment_bytes = 200_000;
     let started = cashtag_live::run(options, vec![Box::new(replay)], &mut model, Default::default(), |started| {
         println!("\nlistening {}", started.url.unwrap());
     });
     started.unwrap();
+}
+
+/// The two sources are hours apart, and nothing may be too late.
+fn patient(mut options: LiveOptions) -> LiveOptions {
+    options.windows.allowed_lateness = 3 * DAY;
+    options
 }
 
 struct Process {
@@ -100,14 +108,21 @@ fn every_acknowledged_post_is_counted_once_whenever_the_process_is_killed() {
         fired += usize::from(process.kill());
     }
     let between = found_any(&dir.path().join("data"));
-    println!("{fired} kills; the market had {between} of {} posts when the last one hit", replayed.len() + posted.len());
+    println!(
+        "{fired} kills; the market had {between} of {} posts when the last one hit",
+        replayed.len() + posted.len()
+    );
     assert_eq!(fired, kills);
     // The rest, without kills; what was acknowledged last may be all of it.
     let process = Process::start(dir.path());
     let deadline = Instant::now() + Duration::from_secs(60);
     assert_eq!(send(&process.url, &posted, acknowledged, deadline), posted.len());
     assert!(process.kill());
-    run_to_end(options(&dir.path().join("data")), vec![Box::new(Replay::file(dir.path().join("day.jsonl"), Speed::Fastest))]).unwrap();
+    run_to_end(
+        patient(options(&dir.path().join("data"))),
+        vec![Box::new(Replay::file(dir.path().join("day.jsonl"), Speed::Fastest))],
+    )
+    .unwrap();
     let mut all = replayed;
     all.extend(posted);
     let (found, want) = (found(&dir.path().join("data")), expect(&all));

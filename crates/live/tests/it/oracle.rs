@@ -41,9 +41,10 @@ pub(crate) fn stream(count: usize, seed: u64) -> Vec<Given> {
             let names = ["AAA", "BBB", "CCC", "XXX", "YYY"];
             let (first, second) = (names[next(5) as usize], names[next(5) as usize]);
             let mood = ["up", "down", "sideways"][next(3) as usize];
-            let text = format!("${first} and ${second} number {i} go {mood} after a long note about seed {seed} of the day");
+            let text =
+                format!("${first} and ${second} number {i} go {mood} after a long note about seed {seed} of the day");
             let time = start + i as i64 * 700 + next(4_000) as i64;
-            Given { id: format!("{seed}-{i}"), author: format!("author {}", i % 997), time, text }
+            Given { id: format!("{seed}-{i}"), author: format!("author {seed} {}", i % 997), time, text }
         })
         .collect()
 }
@@ -140,7 +141,10 @@ pub(crate) fn compare(found: &BTreeMap<Key, Want>, want: &BTreeMap<Key, Want>) {
             (Some(a), Some(b)) => (a - b).abs() < 1e-6,
             (a, b) => a.is_none() && b.is_none(),
         };
-        assert!(close && Want { score: want.score, ..found.clone() } == *want, "{key:?}: found {found:?}, expected {want:?}");
+        assert!(
+            close && Want { score: want.score, ..found.clone() } == *want,
+            "{key:?}: found {found:?}, expected {want:?}"
+        );
     }
 }
 

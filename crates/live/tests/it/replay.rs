@@ -69,7 +69,9 @@ fn lines_that_are_none_become_dead_letters_and_the_rest_counts() {
     let letters = Reader::open(&data).unwrap().dead_letters(100).unwrap();
     let reasons: Vec<&str> = letters.iter().rev().map(|l| l["reason"].as_str().unwrap()).collect();
     assert_eq!(reasons.len(), 7, "{reasons:#?}");
-    for (number, what) in [(26, "EOF"), (28, "invalid type"), (29, "no text"), (30, "no time"), (31, ""), (32, "longer than")] {
+    for (number, what) in
+        [(26, "EOF"), (28, "invalid type"), (29, "no text"), (30, "no time"), (31, ""), (32, "longer than")]
+    {
         let place = format!("day.jsonl:{number}: ");
         assert!(reasons.iter().any(|r| r.contains(&place) && r.contains(what)), "{place}{what} in {reasons:#?}");
     }

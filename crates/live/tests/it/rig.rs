@@ -151,7 +151,8 @@ impl Rig {
     }
 
     pub(crate) fn ask(&self, method: &str, path: &str, body: Option<&str>) -> (u16, Value) {
-        let agent = ureq::Agent::new_with_config(ureq::Agent::config_builder().http_status_as_error(false).proxy(None).build());
+        let agent =
+            ureq::Agent::new_with_config(ureq::Agent::config_builder().http_status_as_error(false).proxy(None).build());
         let url = format!("{}{path}", self.url);
         let answer = match method {
             "GET" => agent.get(&url).call(),

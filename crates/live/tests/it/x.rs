@@ -46,7 +46,12 @@ fn start(stream: fn(usize, &mut TcpStream), search: fn(usize, &str) -> (u16, Val
     Server { base, account }
 }
 
-fn answer(mut socket: TcpStream, account: &Shared, stream: fn(usize, &mut TcpStream), search: fn(usize, &str) -> (u16, Value)) -> Option<()> {
+fn answer(
+    mut socket: TcpStream,
+    account: &Shared,
+    stream: fn(usize, &mut TcpStream),
+    search: fn(usize, &str) -> (u16, Value),
+) -> Option<()> {
     let mut reader = BufReader::new(socket.try_clone().ok()?);
     let (mut head, mut line) = (Vec::new(), String::new());
     while reader.read_line(&mut line).ok()? > 2 {
@@ -62,14 +67,18 @@ fn answer(mut socket: TcpStream, account: &Shared, stream: fn(usize, &mut TcpStr
     account.lock().unwrap().asked.push(format!("{method} {path}"));
     let reply = |socket: &mut TcpStream, status: u16, value: Value| {
         let text = value.to_string();
-        let head = format!("HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", text.len());
+        let head = format!(
+            "HTTP/1.1 {status} Said\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            text.len()
+        );
         socket.write_all((head + &text).as_bytes()).ok()
     };
     if !lower.iter().any(|l| l == "authorization: bearer secret") {
         return reply(&mut socket, 401, json!({"title": "Unauthorized", "detail": "Unauthorized", "status": 401}));
     }
     if path.starts_with("/2/tweets/search/stream/rules") {
-        let answer = if method == "GET" { json!({"data": account.lock().unwrap().rules}) } else { change(account, &body) };
+        let answer =
+            if method == "GET" { json!({"data": account.lock().unwrap().rules}) } else { change(account, &body) };
         return reply(&mut socket, 200, answer);
     }
     if path.starts_with("/2/tweets/search/recent") {
@@ -129,8 +138,12 @@ fn misbehave(number: usize, socket: &mut TcpStream) {
         0 => say(socket, 503, "<html>over capacity</html>", ""),
         1 => {
             let reset = cashtag_live::time::now() / 1_000 + 2;
-            say(socket, 429, r#"{"title":"ConnectionException","detail":"This stream is currently at the maximum allowed connection limit.","connection_issue":"TooManyConnections"}"#,
-                &format!("x-rate-limit-reset: {reset}\r\n"));
+            say(
+                socket,
+                429,
+                r#"{"title":"ConnectionException","detail":"This stream is currently at the maximum allowed connection limit.","connection_issue":"TooManyConnections"}"#,
+                &format!("x-rate-limit-reset: {reset}\r\n"),
+            );
         }
         // Ten posts with keep-alives, one line in two pieces, half a line, gone.
         2 => {
@@ -149,10 +162,20 @@ fn misbehave(number: usize, socket: &mut TcpStream) {
         3 => {
             let _ = socket.write_all(HEAD);
             (5..15).rev().for_each(|n| chunk(socket, &line(n, json!({}))));
-            chunk(socket, &line(20, json!({"text": "$AAA goes up, he edits", "edit_history_tweet_ids": ["1014", "1020"]})));
-            chunk(socket, &line(21, json!({"text": "RT @x: $AAA goes up", "referenced_tweets": [{"type": "retweeted", "id": "1013"}]})));
+            chunk(
+                socket,
+                &line(20, json!({"text": "$AAA goes up, he edits", "edit_history_tweet_ids": ["1014", "1020"]})),
+            );
+            chunk(
+                socket,
+                &line(
+                    21,
+                    json!({"text": "RT @x: $AAA goes up", "referenced_tweets": [{"type": "retweeted", "id": "1013"}]}),
+                ),
+            );
             chunk(socket, "<not json>\r\n");
-            let partial = line(22, json!({})).trim_end().trim_end_matches('}').to_owned() + ",\"errors\":[{\"title\":\"Not Found Error\"}]}\r\n";
+            let partial = line(22, json!({})).trim_end().trim_end_matches('}').to_owned()
+                + ",\"errors\":[{\"title\":\"Not Found Error\"}]}\r\n";
             chunk(socket, &partial);
             chunk(socket, "{\"novelty\":{\"id\":1}}\r\n");
             std::thread::sleep(Duration::from_secs(3_600));
@@ -161,7 +184,10 @@ fn misbehave(number: usize, socket: &mut TcpStream) {
         4 => {
             let _ = socket.write_all(HEAD);
             chunk(socket, &line(23, json!({})));
-            chunk(socket, "{\"errors\":[{\"title\":\"operational-disconnect\",\"disconnect_type\":\"UpstreamOperationalDisconnect\",\"detail\":\"This stream has been disconnected upstream for operational reasons.\",\"type\":\"https://api.x.com/2/problems/operational-disconnect\"}]}\r\n");
+            chunk(
+                socket,
+                "{\"errors\":[{\"title\":\"operational-disconnect\",\"disconnect_type\":\"UpstreamOperationalDisconnect\",\"detail\":\"This stream has been disconnected upstream for operational reasons.\",\"type\":\"https://api.x.com/2/problems/operational-disconnect\"}]}\r\n",
+            );
             std::thread::sleep(Duration::from_secs(3_600));
         }
         // Nobody has removed the rules, but it says so.
@@ -236,7 +262,10 @@ fn every_post_once_through_all_that_the_documentation_warns_of() {
 fn a_wrong_key_is_said_once_and_a_spent_budget_stops() {
     let server = start(misbehave, no_search);
     let dir = tempfile::tempdir().unwrap();
-    let wrong = XOptions { bearer: cashtag_live::sources::x_api::Bearer("wrong".into()), ..options(&server, dir.path(), "AAA\n") };
+    let wrong = XOptions {
+        bearer: cashtag_live::sources::x_api::Bearer("wrong".into()),
+        ..options(&server, dir.path(), "AAA\n")
+    };
     let rig = Rig::start(listening(&dir.path().join("data")), vec![Box::new(XStream(wrong))]);
     rig.until("it stops", |r| r.get("/v1/overview")["sources"][0]["state"] == "stopped");
     let detail = rig.get("/v1/overview")["sources"][0]["detail"].to_string();
@@ -248,7 +277,9 @@ fn a_wrong_key_is_said_once_and_a_spent_budget_stops() {
     let dir = tempfile::tempdir().unwrap();
     let thrifty = XOptions { daily_posts: Some(7), ..options(&server, dir.path(), "AAA\n") };
     let rig = Rig::start(listening(&dir.path().join("data")), vec![Box::new(XStream(thrifty.clone()))]);
-    rig.until("the budget is spent", |r| r.get("/v1/overview")["sources"][0]["detail"].to_string().contains("daily budget of 7 posts is spent"));
+    rig.until("the budget is spent", |r| {
+        r.get("/v1/overview")["sources"][0]["detail"].to_string().contains("daily budget of 7 posts is spent")
+    });
     rig.until("what was paid for is counted", |r| r.scored() == 7);
     rig.stop();
     // Also after a restart.
@@ -258,8 +289,11 @@ fn a_wrong_key_is_said_once_and_a_spent_budget_stops() {
 }
 
 fn page(posts: std::ops::Range<u64>, next: Option<&str>) -> (u16, Value) {
-    let data: Vec<Value> =
-        posts.clone().rev().map(|n| serde_json::from_str::<Value>(&line(n, json!({}))).unwrap()["data"].clone()).collect();
+    let data: Vec<Value> = posts
+        .clone()
+        .rev()
+        .map(|n| serde_json::from_str::<Value>(&line(n, json!({}))).unwrap()["data"].clone())
+        .collect();
     let mut meta = json!({"result_count": data.len()});
     if let Some(next) = next {
         meta["next_token"] = json!(next);
@@ -292,8 +326,14 @@ fn searches_go_on_from_the_newest_and_skip_nothing() {
     rig.until("a round with nothing new", |_| server.account.lock().unwrap().searches.len() >= 9);
     rig.stop();
     let searches = server.account.lock().unwrap().searches.clone();
-    assert!(searches[1].contains("query=%24AAA%20lang%3Aen%20-is%3Aretweet&max_results=100") && !searches[1].contains("since_id"));
-    assert!(searches[2].contains("since_id=1009") && searches[5].contains("since_id=1009&next_token=p2"), "{searches:?}");
+    assert!(
+        searches[1].contains("query=%24AAA%20lang%3Aen%20-is%3Aretweet&max_results=100")
+            && !searches[1].contains("since_id")
+    );
+    assert!(
+        searches[2].contains("since_id=1009") && searches[5].contains("since_id=1009&next_token=p2"),
+        "{searches:?}"
+    );
     assert!(searches[7].contains("since_id=1039"), "{searches:?}");
     // A restart goes on there, too.
     let rig = Rig::start(listening(&data), vec![Box::new(XSearch(options(&server, dir.path(), "AAA\n")))]);
