@@ -11,6 +11,7 @@ mod corpus;
 mod doctor;
 mod eval;
 mod generate;
+mod live;
 mod predict;
 mod prepare;
 mod pull;
@@ -31,6 +32,8 @@ pub(crate) enum Command {
     Chat(chat::Args),
     /// Have a model answer one prompt, or a file of prompts
     Complete(complete::Args),
+    /// Score a stream of posts and turn it into signals per ticker, sector and market, on a page
+    Live(live::Args),
     /// Measure how fast this machine trains and classifies
     Bench(bench::Args),
     /// Have a chat model write labelled tweets
@@ -58,6 +61,7 @@ impl Command {
             Command::Predict(args) => predict::run(args),
             Command::Chat(args) => chat::run(args),
             Command::Complete(args) => complete::run(args),
+            Command::Live(args) => live::run(args),
             Command::Bench(args) => bench::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Prepare(args) => prepare::run(args),

@@ -9,4 +9,5 @@ pub(crate) mod fine_tune;
 pub(crate) mod generation;
 pub(crate) mod report;
 pub(crate) mod sides;
+pub(crate) mod stream;
 pub(crate) mod training;

@@ -5,6 +5,7 @@ mod config;
 mod context;
 mod killed;
 mod labels;
+mod live;
 mod model_commands;
 mod pull;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]

@@ -28,7 +28,7 @@ pub(crate) fn cache() -> Option<PathBuf> {
     found.then_some(cache)
 }
 
-fn context() -> Option<Context> {
+pub(crate) fn context() -> Option<Context> {
     let cache = cache()?;
     // The CPU computes the same on every run, so that is where these tests run.
     Some(Context::new().env("CASHTAG_CACHE", cache.display().to_string()).env("CUDA_VISIBLE_DEVICES", ""))
