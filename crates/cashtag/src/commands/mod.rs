@@ -10,6 +10,7 @@ mod config;
 mod corpus;
 mod doctor;
 mod eval;
+mod export;
 mod generate;
 mod predict;
 mod prepare;
@@ -31,6 +32,8 @@ pub(crate) enum Command {
     Chat(chat::Args),
     /// Have a model answer one prompt, or a file of prompts
     Complete(complete::Args),
+    /// Write a model with its adapter for Transformers, llama.cpp or Ollama
+    Export(export::Args),
     /// Measure how fast this machine trains and classifies
     Bench(bench::Args),
     /// Have a chat model write labelled tweets
@@ -58,6 +61,7 @@ impl Command {
             Command::Predict(args) => predict::run(args),
             Command::Chat(args) => chat::run(args),
             Command::Complete(args) => complete::run(args),
+            Command::Export(args) => export::run(args),
             Command::Bench(args) => bench::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Prepare(args) => prepare::run(args),

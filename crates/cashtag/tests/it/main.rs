@@ -3,6 +3,8 @@
 mod cli;
 mod config;
 mod context;
+mod export;
+mod generation;
 mod model_commands;
 mod pull;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]

@@ -13,10 +13,10 @@ use serde_json::Value;
 
 use super::context::{Context, files};
 
-const MODEL_FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+pub(crate) const MODEL_FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// Where `cashtag pull smollm2-135m` keeps the model; `None` (and a word about it) if it was not pulled.
-fn cache() -> Option<PathBuf> {
+pub(crate) fn cache() -> Option<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let cache = variable("CASHTAG_CACHE")
         .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("cashtag")))
@@ -28,7 +28,7 @@ fn cache() -> Option<PathBuf> {
     found.then_some(cache)
 }
 
-fn context() -> Option<Context> {
+pub(crate) fn context() -> Option<Context> {
     let cache = cache()?;
     // The CPU computes the same on every run, so that is where these tests run.
     Some(Context::new().env("CASHTAG_CACHE", cache.display().to_string()).env("CUDA_VISIBLE_DEVICES", ""))
