@@ -106,18 +106,21 @@ struct Loop {
 }
 
 impl<B: Backend> Trainer<'_, B> {
-    /// Rows of the largest micro-batch: what the workspace must hold.
+    /// Rows of the largest micro-batch: what the workspace must hold. A step is never more than its examples, whatever the
+    /// token budget would allow.
     fn capacity(&self) -> usize {
         let a = &self.arguments;
         let shared = |e: &TokenizedExample| shared_tokens(e, &self.prefix, a.train_on);
         let longest = self.train.iter().chain(&self.eval).map(|e| e.tokens.len()).max().unwrap_or(1);
-        if a.packing {
-            return a.max_tokens_per_batch.max(longest);
-        }
+        let (budget, together) = if a.packing {
+            (a.max_tokens_per_batch, a.examples_per_step())
+        } else {
+            (usize::MAX, a.per_device_train_batch_size)
+        };
         let mut own: Vec<usize> = self.train.iter().map(|e| e.tokens.len() - shared(e)).collect();
         own.sort_unstable_by(|a, b| b.cmp(a));
-        let largest: usize = own.iter().take(a.per_device_train_batch_size).sum();
-        (largest + self.prefix.len()).max(longest)
+        let largest: usize = own.iter().take(together).sum();
+        (largest + self.prefix.len()).min(budget).max(longest)
     }
 
     fn micro_batches(&self, examples: &[&TokenizedExample]) -> Vec<std::ops::Range<usize>> {
@@ -353,9 +356,8 @@ impl<B: Backend> Trainer<'_, B> {
     pub fn eval_loss(&self, ws: &mut Workspace<B>) -> Result<f64> {
         let examples: Vec<&TokenizedExample> = self.eval.iter().collect();
         let a = &self.arguments;
-        let capacity = if a.packing { a.max_tokens_per_batch } else { self.capacity() };
         let (mut loss, mut tokens) = (0.0, 0.0);
-        for range in bins(&examples, &self.prefix, a.train_on, capacity, usize::MAX) {
+        for range in bins(&examples, &self.prefix, a.train_on, self.capacity(), usize::MAX) {
             let batch = pack(&examples[range], &self.prefix, a.train_on);
             loss += self.model.loss(self.backend, &batch, Some(&self.lora), 0.0, ws)?.sum();
             tokens += batch.weights.iter().map(|&w| f64::from(w)).sum::<f64>();

@@ -76,11 +76,19 @@ pub(crate) struct Data {
     pub(crate) source: String,
 }
 
-/// Reads and splits what the settings ask for. `default_train` bounds the training part unless the user said otherwise.
+/// How much of the data a command takes when nothing is said.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Portions {
+    /// Examples to train on, the validation part among them.
+    pub(crate) train: Option<usize>,
+    pub(crate) held_out: Option<usize>,
+}
+
+/// Reads and splits what the settings ask for. `default` bounds the parts unless the user said otherwise.
 ///
 /// # Errors
 /// Unreadable files, labels that are not the run's, an empty part.
-pub(crate) fn load(settings: &Settings, reading: &Reading, default_train: Option<usize>) -> anyhow::Result<Data> {
+pub(crate) fn load(settings: &Settings, reading: &Reading, default: Portions) -> anyhow::Result<Data> {
     let d = &settings.data;
     let seed = settings.training.seed;
     let (mut train, mut held_out, source) = match &d.source {
@@ -103,9 +111,14 @@ pub(crate) fn load(settings: &Settings, reading: &Reading, default_train: Option
     if let Some(path) = &d.eval_source {
         held_out = read(&resolve(&path.to_string_lossy())?, reading)?;
     }
-    let wanted = if d.full { None } else { d.train_examples.or(default_train) };
-    if let Some(n) = wanted.filter(|&n| n < train.len()) {
+    let portion = |said: Option<usize>, default: Option<usize>| said.or(default.filter(|_| !d.full));
+    if let Some(n) = portion(d.train_examples.filter(|_| !d.full), default.train).filter(|&n| n < train.len()) {
         train = balanced_sample(&train, n, seed);
+    }
+    if let Some(n) = portion(d.eval_examples, default.held_out).filter(|&n| n < held_out.len()) {
+        // In the proportions of the whole, so that the figures estimate those of the whole.
+        let share = n as f64 / held_out.len() as f64;
+        held_out = split_examples(&held_out, &SplitOptions { held_out: share, seed })?.held_out;
     }
     // The validation part comes out of the training part, a tenth by default but never more than is useful.
     const MOST_VALIDATION: usize = 300;

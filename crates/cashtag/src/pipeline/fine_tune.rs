@@ -12,15 +12,15 @@ use cashtag_llama::adapter::Adapter;
 use cashtag_llama::lora::{LoraConfig, Module};
 use cashtag_llama::model::Llama;
 
-use super::data::{self, Data, Reading, quoted};
+use super::data::{self, Data, Portions, Reading, quoted};
 use super::engine::{self, Classifier, LabelledText, Opened};
 use super::training::{self, Trained};
 use crate::settings::choices::{Label, Layers, TargetModules};
 use crate::settings::{self, Flags, Settings, Source};
 use crate::{exit, output};
 
-/// Training examples of a run with nothing else said: what two cores train on in about three minutes.
-const DEFAULT_TRAIN_EXAMPLES: usize = 1200;
+/// Parts of the data in a run with nothing else said: what two cores train on and judge in a few minutes.
+const DEFAULT_PORTIONS: Portions = Portions { train: Some(1200), held_out: Some(240) };
 
 /// The recipe of those who name none.
 const DEFAULT_RECIPE: &str = "smollm2-cpu";
@@ -124,7 +124,7 @@ impl Inputs {
     /// Data that cannot be read or has other labels, a run directory that cannot be written.
     pub(crate) fn load(s: &Settings, reading: &Reading, opened: &Opened) -> anyhow::Result<Self> {
         let labels = opened.format.label_names();
-        let data = data::load(s, reading, Some(DEFAULT_TRAIN_EXAMPLES))?;
+        let data = data::load(s, reading, DEFAULT_PORTIONS)?;
         let inputs = Self {
             run_dir: s.output_dir(),
             train: data::labelled(&data.train, &labels)?,
