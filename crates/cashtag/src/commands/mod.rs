@@ -12,6 +12,7 @@ mod doctor;
 mod eval;
 mod export;
 mod generate;
+mod plan;
 mod predict;
 mod prepare;
 mod pull;
@@ -34,6 +35,8 @@ pub(crate) enum Command {
     Complete(complete::Args),
     /// Write a model with its adapter for Transformers, llama.cpp or Ollama
     Export(export::Args),
+    /// Say what a recipe will need: memory, steps, time
+    Plan(plan::Args),
     /// Measure how fast this machine trains and classifies
     Bench(bench::Args),
     /// Have a chat model write labelled tweets
@@ -62,6 +65,7 @@ impl Command {
             Command::Chat(args) => chat::run(args),
             Command::Complete(args) => complete::run(args),
             Command::Export(args) => export::run(args),
+            Command::Plan(args) => plan::run(args),
             Command::Bench(args) => bench::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Prepare(args) => prepare::run(args),
