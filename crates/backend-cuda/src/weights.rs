@@ -136,7 +136,8 @@ impl Budget {
         let bytes = if self.options.quantize && !embedding && !stays_wide {
             self.any_nf4.store(true, Ordering::Relaxed);
             let blocks = total.div_ceil(BLOCK);
-            let absmax = if self.options.double_quant { blocks + 4 * blocks.div_ceil(NESTED_BLOCK) } else { 4 * blocks };
+            let absmax =
+                if self.options.double_quant { blocks + 4 * blocks.div_ceil(NESTED_BLOCK) } else { 4 * blocks };
             (total.div_ceil(2).next_multiple_of(16) + absmax) as u64
         } else {
             wide

@@ -19,10 +19,23 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Product {
     /// `x·Wᵀ` and `dy·W` of `rows` rows with a frozen `[out, inner]`.
-    Linear { rows: usize, out: usize, inner: usize },
-    LinearBackward { rows: usize, out: usize, inner: usize },
+    Linear {
+        rows: usize,
+        out: usize,
+        inner: usize,
+    },
+    LinearBackward {
+        rows: usize,
+        out: usize,
+        inner: usize,
+    },
     /// `[m, k]` times `[k, n]`; `transposed_a` for aᵀ·b.
-    Matmul { m: usize, n: usize, k: usize, transposed_a: bool },
+    Matmul {
+        m: usize,
+        n: usize,
+        k: usize,
+        transposed_a: bool,
+    },
 }
 
 type WeightRule = Box<dyn Fn(usize, usize, bool) -> u64 + Send + Sync>;

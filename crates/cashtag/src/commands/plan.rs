@@ -23,11 +23,13 @@ use crate::pipeline::plan::{self, Parts, Plan, Process};
 use crate::settings::{Flags, Precision, Settings};
 
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  cashtag plan --full\n  cashtag plan --data tweets.csv --per-device-train-batch-size 16 --no-packing\n  \
+#[command(
+    after_help = "Examples:\n  cashtag plan --full\n  cashtag plan --data tweets.csv --per-device-train-batch-size 16 --no-packing\n  \
 cashtag plan --config llama-2-7b-qlora --gpu a100-80gb\n  \
 cashtag plan --random-weights llama-2-7b --tokenizer tokenizer.gguf --gpu-memory 16\n\n\
 Sizes are counted by running the recipe on a device that computes nothing. The time is measured on this device, on two\n\
-blocks of random weights in the model's shape; for a GPU that is only named it is not estimated.")]
+blocks of random weights in the model's shape; for a GPU that is only named it is not estimated."
+)]
 pub(crate) struct Args {
     /// Plan for this GPU, which need not be here
     #[arg(long, value_enum, value_name = "NAME", conflicts_with = "gpu_memory")]
@@ -119,7 +121,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         object["fits"] = there.map(|t| needed <= t).into();
         object["training_seconds"] = seconds.map(|s| s.0).into();
         object["seconds"] = seconds.map(|s| s.1).into();
-        object["rate"] = timing.map_or(Value::Null, |t| json!({"train_rows_per_second": t.train, "infer_rows_per_second": t.infer}));
+        object["rate"] =
+            timing.map_or(Value::Null, |t| json!({"train_rows_per_second": t.train, "infer_rows_per_second": t.infer}));
         return output::data(&(object.to_string() + "\n"));
     }
     output::data(&text(&planned, process, &target, needed, there, timing.as_ref(), seconds))
@@ -215,7 +218,9 @@ impl Target {
 
     fn name(&self) -> String {
         match self {
-            Target::Cpu(precision) => format!("the CPU in {}", if *precision == CpuPrecision::F32 { "f32" } else { "bf16" }),
+            Target::Cpu(precision) => {
+                format!("the CPU in {}", if *precision == CpuPrecision::F32 { "f32" } else { "bf16" })
+            }
             Target::Gpu { name, .. } => name.clone(),
         }
     }
