@@ -87,7 +87,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     }
     let (settings, opened) = fine_tune::open(&args.settings)?;
     let labels = opened.format.label_names();
-    let data = data::load(&settings, &args.reading, Some(fine_tune::DEFAULT_TRAIN_EXAMPLES))?;
+    let data = data::load(&settings, &args.reading, fine_tune::DEFAULT_PORTIONS)?;
     let train = data::labelled(&data.train, &labels)?;
     let validation = data::labelled(&data.validation, &labels)?;
     let held_out = if args.train_only { Vec::new() } else { data::labelled(&data.held_out, &labels)? };

@@ -20,7 +20,7 @@ use crate::settings::{self, Flags, Settings, Source};
 use crate::{exit, output};
 
 /// Parts of the data in a run with nothing else said: what two cores train on and judge in a few minutes.
-const DEFAULT_PORTIONS: Portions = Portions { train: Some(1200), held_out: Some(240) };
+pub(crate) const DEFAULT_PORTIONS: Portions = Portions { train: Some(1200), held_out: Some(240) };
 
 /// The recipe of those who name none.
 const DEFAULT_RECIPE: &str = "smollm2-cpu";

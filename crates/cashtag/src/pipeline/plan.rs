@@ -5,6 +5,9 @@
 //! the sizes follow the code, and a change there changes the plan.
 
 use cashtag_backend::dry::{DryBackend, DryRules, Usage};
+use cashtag_backend::{Backend, Dtype};
+use cashtag_backend_cpu::{CpuBackend, Precision as CpuPrecision};
+use cashtag_backend_cuda::CudaBackend;
 use cashtag_llama::adapter::Adapter;
 use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::lora::{Lora, LoraConfig, LoraTensors};
@@ -16,7 +19,7 @@ use cashtag_train::{Trainer, TrainingArguments};
 use serde_json::{Value, json};
 
 use super::engine::{Classifier, LabelledText, Opened};
-use super::training;
+use super::{device, training};
 use crate::exit;
 use crate::settings::{GradientCheckpointing, Metric, Settings};
 
@@ -113,6 +116,58 @@ fn resident_memory() -> u64 {
     field("RssAnon:")
 }
 
+/// The estimate of a run that is about to begin, to stand beside the truth at its end.
+#[derive(Clone, Debug)]
+pub(crate) struct Forecast {
+    plan: Plan,
+    process: Process,
+    /// The device's memory is the machine's.
+    shared: bool,
+}
+
+impl Forecast {
+    /// # Errors
+    /// As [`plan`].
+    pub(crate) fn new<B: Backend>(
+        backend: &B,
+        s: &Settings,
+        opened: &Opened,
+        parts: Parts<'_>,
+    ) -> anyhow::Result<Self> {
+        let facts = backend.capabilities();
+        let (shared, compute) = (facts.device == "cpu", backend.compute_dtype());
+        let rules = if shared {
+            let precision = if compute == Dtype::F32 { CpuPrecision::F32 } else { CpuPrecision::Bf16 };
+            CpuBackend::dry_rules(precision)
+        } else {
+            CudaBackend::dry_rules(&device::cuda_options(s, compute), facts.memory_free.unwrap_or(u64::MAX / 2))
+        };
+        let process = Process::now(&opened.checkpoint);
+        Ok(Self { plan: plan(s, opened, parts, rules)?, process, shared })
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.plan.device_bytes() + if self.shared { self.process.total() } else { 0 }
+    }
+
+    /// What was really held at most: by this process on a CPU, by the device otherwise.
+    pub(crate) fn truth<B: Backend>(&self, backend: &B) -> u64 {
+        if self.shared { super::report::peak_memory() } else { backend.memory().1 }
+    }
+
+    pub(crate) fn to_json(&self) -> Value {
+        let mut json = self.plan.to_json(self.process);
+        json["needed_bytes"] = self.bytes().into();
+        json
+    }
+
+    /// `peak memory 1.66 GiB (planned 1.60)`
+    pub(crate) fn line<B: Backend>(&self, backend: &B) -> String {
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        format!("peak memory {:.2} GiB (planned {:.2})", gib(self.truth(backend)), gib(self.bytes()))
+    }
+}
+
 /// Runs the recipe on a device of these rules that computes nothing.
 ///
 /// # Errors
@@ -123,13 +178,13 @@ pub(crate) fn plan(s: &Settings, opened: &Opened, parts: Parts<'_>, rules: DryRu
     let arguments = training::arguments(s)?;
     let budget = s.training.max_tokens_per_batch;
     let mut phases = Vec::new();
-    let mut done = |name: &'static str| phases.push((name, cashtag_backend::Backend::memory(&backend).1));
+    let mut done = |name: &'static str| phases.push((name, backend.memory().1));
 
     backend.label("weights");
     let model = Llama::load(&backend, checkpoint, |_, _| {})?;
     done("load the model");
     let mut evaluation_rows = 0;
-    let mut judge = |lora: Option<&Lora<DryBackend>>, texts: &[LabelledText]| -> anyhow::Result<usize> {
+    let judge = |lora: Option<&Lora<DryBackend>>, texts: &[LabelledText]| -> anyhow::Result<usize> {
         if texts.is_empty() {
             return Ok(0);
         }
@@ -144,7 +199,6 @@ pub(crate) fn plan(s: &Settings, opened: &Opened, parts: Parts<'_>, rules: DryRu
         done("judge before");
     }
 
-    backend.label("LoRA factors");
     let (config, tensors) = match adapter {
         Some(adapter) => (training::lora_config(s)?, adapter.tensors.clone()),
         None => fresh(s, &model)?,
