@@ -17,6 +17,7 @@ mod simd;
 
 use std::sync::Arc;
 
+use cashtag_backend::dry::DryRules;
 use cashtag_backend::{
     AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, Error, Mat, MatMut, Moments8, Result,
     Rope, WeightSource,
@@ -70,6 +71,17 @@ impl CpuBackend {
 
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// What this device holds of its own accord, for `cashtag plan`.
+    pub fn dry_rules(precision: Precision) -> DryRules {
+        let bf16 = precision == Precision::Bf16;
+        DryRules {
+            compute: if bf16 { Dtype::Bf16 } else { Dtype::F32 },
+            weight: Box::new(move |out, inner, _| linear::weight_bytes(bf16, out, inner)),
+            scratch: Box::new(move |product| linear::scratch_bytes(bf16, product)),
+            lazy: true,
+        }
     }
 
     pub fn threads(&self) -> usize {

@@ -30,6 +30,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
+use cashtag_backend::dry::DryRules;
 use cashtag_backend::{
     AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, Mat, MatMut, Moments8, Result, Rope,
     WeightSource,
@@ -163,6 +164,18 @@ impl CudaBackend {
                 device,
             },
         })
+    }
+
+    /// What a card with `free` bytes of free memory holds of its own accord, for `cashtag plan`; the card need not be here.
+    pub fn dry_rules(options: &Options, free: u64) -> DryRules {
+        let budget = weights::Budget::new(options, (free as f64 * WIDE_SHARE) as u64);
+        let (weight, scratch) = (Arc::clone(&budget), budget);
+        DryRules {
+            compute: options.compute,
+            weight: Box::new(move |out, inner, embedding| weight.hold(out, inner, embedding)),
+            scratch: Box::new(move |product| scratch.scratch(product)),
+            lazy: false,
+        }
     }
 
     pub fn options(&self) -> &Options {

@@ -8,18 +8,20 @@
 //! Whether a weight stays as NF4 or as the dequantised values changes speed and memory, not a bit of any result: both ways the values
 //! that are multiplied are level · absmax rounded to the compute dtype.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use cashtag_backend::dynamic_map::{SIGNED, UNSIGNED};
+use cashtag_backend::dry::Product;
 use cashtag_backend::{Dtype, Error, RawWeight, Result, WeightSource};
 use cudarc::driver::result;
 
 use crate::driver::{Argument, Launch};
 use crate::kernels::{Family, Variant};
+use crate::linear::part;
 use crate::memory::{Block, CudaBuffer, Staging, View};
 use crate::rows::Walk;
-use crate::{Core, Resident};
+use crate::{Core, Options, Resident};
 
 /// Elements that share one absmax.
 const BLOCK: usize = 64;
@@ -104,6 +106,55 @@ impl CudaWeight {
                     }
             }
         }
+    }
+}
+
+/// What weights take on a card that is not there: the choices of [`Core::load`] without the loading. Sources are taken to be no NF4
+/// already.
+pub(crate) struct Budget {
+    options: Options,
+    wide: u64,
+    held: AtomicU64,
+    any_nf4: AtomicBool,
+}
+
+impl Budget {
+    pub(crate) fn new(options: &Options, wide: u64) -> Arc<Self> {
+        let (held, any_nf4) = (AtomicU64::new(0), AtomicBool::new(false));
+        Arc::new(Self { options: options.clone(), wide, held, any_nf4 })
+    }
+
+    /// Bytes of the next weight.
+    pub(crate) fn hold(&self, out: usize, inner: usize, embedding: bool) -> u64 {
+        let total = out * inner;
+        let wide = (total * self.options.compute.size()) as u64;
+        let stays_wide = match self.options.resident {
+            Resident::Nf4 => false,
+            Resident::Bf16 => true,
+            Resident::Auto => self.held.load(Ordering::Relaxed) + wide <= self.wide,
+        };
+        let bytes = if self.options.quantize && !embedding && !stays_wide {
+            self.any_nf4.store(true, Ordering::Relaxed);
+            let blocks = total.div_ceil(BLOCK);
+            let absmax =
+                if self.options.double_quant { blocks + 4 * blocks.div_ceil(NESTED_BLOCK) } else { 4 * blocks };
+            (total.div_ceil(2).next_multiple_of(16) + absmax) as u64
+        } else {
+            wide
+        };
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+        bytes
+    }
+
+    /// The products' own workspace, and the dequantised part of a weight.
+    pub(crate) fn scratch(&self, product: Product) -> u64 {
+        let nf4 = self.any_nf4.load(Ordering::Relaxed);
+        let part = match product {
+            Product::Linear { out, inner, .. } if nf4 => part(out, inner, self.options.compute).1,
+            Product::LinearBackward { out, inner, .. } if nf4 => part(inner, out, self.options.compute).1,
+            _ => 0,
+        };
+        (crate::gemm::WORKSPACE + part) as u64
     }
 }
 

@@ -15,6 +15,7 @@
 //! - The same inputs give the same bits on the same device with the same number of threads.
 
 mod backend;
+pub mod dry;
 mod dtype;
 pub mod dynamic_map;
 mod layout;

@@ -150,7 +150,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     };
     write().map_err(|source| {
         let _ = std::fs::remove_file(&temporary);
-        Error::Io { path: path.to_owned(), source }
+        Error::Write { path: path.to_owned(), source }
     })
 }
 

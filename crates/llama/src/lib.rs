@@ -5,6 +5,7 @@ pub mod chat;
 pub mod checkpoint;
 pub mod config;
 pub mod error;
+pub mod export;
 pub mod generate;
 pub mod ggml;
 pub mod gguf;

@@ -130,7 +130,7 @@ fn timed<T>(total: &mut f64, work: impl FnOnce() -> T) -> T {
 impl<B: Backend> Trainer<'_, B> {
     /// Rows of the largest micro-batch: what the workspace must hold. A step is never more than its examples, whatever the
     /// token budget would allow.
-    fn capacity(&self) -> usize {
+    pub fn capacity(&self) -> usize {
         let a = &self.arguments;
         let shared = |e: &TokenizedExample| shared_tokens(e, &self.prefix, a.train_on);
         let longest = self.train.iter().chain(&self.eval).map(|e| e.tokens.len()).max().unwrap_or(1);
@@ -145,7 +145,8 @@ impl<B: Backend> Trainer<'_, B> {
         (largest + self.prefix.len()).min(budget).max(longest)
     }
 
-    fn micro_batches(&self, examples: &[&TokenizedExample]) -> Vec<std::ops::Range<usize>> {
+    /// How the examples of a step are cut.
+    pub fn micro_batches(&self, examples: &[&TokenizedExample]) -> Vec<std::ops::Range<usize>> {
         let a = &self.arguments;
         let (tokens, count) =
             if a.packing { (a.max_tokens_per_batch, usize::MAX) } else { (usize::MAX, a.per_device_train_batch_size) };

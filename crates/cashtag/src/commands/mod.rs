@@ -10,8 +10,10 @@ mod config;
 mod corpus;
 mod doctor;
 mod eval;
+mod export;
 mod generate;
 mod live;
+mod plan;
 mod predict;
 mod prepare;
 mod pull;
@@ -34,6 +36,10 @@ pub(crate) enum Command {
     Complete(complete::Args),
     /// Score a stream of posts and turn it into signals per ticker, sector and market, on a page
     Live(live::Args),
+    /// Write a model with its adapter for Transformers, llama.cpp or Ollama
+    Export(export::Args),
+    /// Say what a recipe will need: memory, steps, time
+    Plan(plan::Args),
     /// Measure how fast this machine trains and classifies
     Bench(bench::Args),
     /// Have a chat model write labelled tweets
@@ -62,6 +68,8 @@ impl Command {
             Command::Chat(args) => chat::run(args),
             Command::Complete(args) => complete::run(args),
             Command::Live(args) => live::run(args),
+            Command::Export(args) => export::run(args),
+            Command::Plan(args) => plan::run(args),
             Command::Bench(args) => bench::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Prepare(args) => prepare::run(args),

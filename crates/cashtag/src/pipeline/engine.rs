@@ -199,6 +199,11 @@ impl<'a, B: Backend> Classifier<'a, B> {
         Ok(scores.iter().map(|s| normalise(s, self.temperature)).collect())
     }
 
+    /// Rows that a prompt takes.
+    pub(crate) fn rows(&self, prompt: &[u32]) -> usize {
+        self.scorer.rows(prompt)
+    }
+
     /// Whether a text can be a prompt (it cannot if it is too long and that is asked to be an error).
     pub(crate) fn takes(&self, text: &str) -> bool {
         self.format.prompt(text).is_ok()

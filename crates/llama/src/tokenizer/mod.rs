@@ -19,6 +19,7 @@ mod json;
 mod pretokenize;
 mod sentencepiece;
 mod unicode;
+mod write;
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -149,7 +149,7 @@ fn greedy_is_transformers() {
 fn sequences_do_not_see_each_other() {
     let l = loaded();
     let prompts = ["What is a bond?", "Name three colours.", "Why is the sky blue?", "Say hello.", "Count to five."];
-    let request = |i: usize| Request::new(l.prompt(prompts[i]), 16);
+    let request = |i: usize| Request::new(l.prompt(prompts[i]), 8);
     let expected: Vec<Written> = (0..prompts.len()).map(|i| alone(l, request(i))).collect();
     // Room for three at a time, and steps of seven rows: a prompt of some 30 tokens takes several.
     let prefix = &l.prompt("x")[..12];
