@@ -349,13 +349,12 @@ fn x_options(args: &Args) -> anyhow::Result<XOptions> {
         (Some(a), Some(b)) => Some(a.min(b)),
         (a, b) => a.or(b),
     };
-    Ok(XOptions {
-        base: s.x_url.trim_end_matches('/').to_owned(),
-        filter: s.x_filter.clone(),
-        daily_posts,
-        backfill_minutes: s.x_backfill,
-        ..XOptions::new(bearer.trim().to_owned(), watch_list, budget)
-    })
+    let mut options = XOptions::new(bearer.trim().to_owned(), watch_list, budget);
+    options.base = s.x_url.trim_end_matches('/').to_owned();
+    options.filter.clone_from(&s.x_filter);
+    options.daily_posts = daily_posts;
+    options.backfill_minutes = s.x_backfill;
+    Ok(options)
 }
 
 fn data_path(args: &Args) -> PathBuf {
