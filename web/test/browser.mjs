@@ -24,7 +24,7 @@ async function visit(server, hash = "#/", options = {}) {
   const opened = await open(options);
   await opened.page.goto(`${server.url}/${hash}`);
   if (args.url && args.key) {
-    await opened.page.getByLabel("Key").fill(args.key);
+    await opened.page.getByRole("textbox", { name: "Key" }).fill(args.key);
     await opened.page.getByRole("button", { name: "Use it" }).click();
   }
   return opened;
@@ -218,10 +218,10 @@ if (!args.url) {
   if (wanted("key")) await test("a key is asked for once, a wrong one is refused, and it stays in this tab", async () => {
     const server = await serve("--load", "5", "--tickers", "5", "--key", "secret-1");
     const { page, close } = await visit(server);
-    await page.getByLabel("Key").fill("wrong");
+    await page.getByRole("textbox", { name: "Key" }).fill("wrong");
     await page.getByRole("button", { name: "Use it" }).click();
     await page.waitForFunction(() => document.querySelector("#key-hint").textContent.includes("refused"));
-    await page.getByLabel("Key").fill("secret-1");
+    await page.getByRole("textbox", { name: "Key" }).fill("secret-1");
     await page.keyboard.press("Enter");
     await page.waitForSelector(".tile");
     check(!(await page.locator("dialog").isVisible()), "the question is still there");
@@ -231,7 +231,7 @@ if (!args.url) {
     await page.waitForSelector(".tile");
     await close();
     const other = await visit(server);
-    await other.page.getByLabel("Key").waitFor();
+    await other.page.getByRole("textbox", { name: "Key" }).waitFor();
     await other.close();
     server.stop();
   });

@@ -107,7 +107,7 @@ function sectors(scope: Scope): HTMLElement {
         setAttr(trend, "title", next.trend);
         const current = store.isCurrent(next);
         setAttr(node, "data-old", current ? null : "");
-        setText(note, !current ? `quiet since ${hourMinute(next.end)}` : `${posts(next.mentions)}${finite(next.attention) === null ? "" : ` · attention ${times(next.attention)}`}`);
+        setText(note, !current ? `quiet since ${hourMinute(next.end)}` : `${posts(next.mentions)}${finite(next.attention) === null ? "" : `, ${times(next.attention)} usual`}`);
       },
     };
   };
