@@ -30,7 +30,7 @@ async function visit(server, hash = "#/", options = {}) {
   return opened;
 }
 
-const main = args.url ? { url: args.url.replace(/\/$/, ""), stop: () => undefined } : await serve("--speed", "120", "--start", "12:40");
+const main = args.url ? { url: args.url.replace(/\/$/, ""), stop: () => undefined } : await serve("--speed", "120", "--start", "12:40", "--metrics", "drawn");
 
 if (wanted("live")) await test("the overview fills and keeps changing, with no error and no violation of the policy", async () => {
   const { page, problems, close } = await visit(main);
@@ -106,6 +106,18 @@ if (wanted("axe")) await test("axe-core finds nothing, in light, dark and on a p
     }
     await close();
   }
+});
+
+if (wanted("quality") && !args.url) await test("the model's figures are shown with intervals, by label and by kind", async () => {
+  const { page, close } = await visit(main, "#/quality");
+  await page.waitForSelector(".quality .whisker");
+  const answer = await (await fetch(`${main.url}/v1/quality`)).json();
+  const text = await page.locator(".quality").innerText();
+  for (const expected of [`${(100 * answer.after.accuracy.value).toFixed(1)} %`, `${(100 * answer.before.accuracy.value).toFixed(1)} %`, "sarcastic", "Negative"]) check(text.includes(expected), `${expected} is not shown`);
+  equal(await page.locator(".heat").allInnerTexts(), answer.after.confusion.flat().map(String), "confusion matrix");
+  equal(await page.locator(".bin").count(), answer.after.reliability.filter((b) => b.count > 0).length, "dots of the reliability chart");
+  check(/accuracy|Accuracy/.test(await page.locator(".whisker").first().getAttribute("aria-label")), "a whisker says nothing");
+  await close();
 });
 
 if (wanted("phone")) await test("nothing is wider than a phone of 360 pixels, and targets are large enough", async () => {
