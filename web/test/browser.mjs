@@ -159,6 +159,19 @@ if (wanted("reading")) await test("a list that somebody reads does not move", as
   await close();
 });
 
+if (args.url && wanted("hostile")) await test("hostile posts through the real server are text", async () => {
+  const headers = { "Content-Type": "application/json", ...(args.key ? { Authorization: `Bearer ${args.key}` } : {}) };
+  const marks = ["<script>window.owned=1</script>", "<img src=x onerror=window.owned=1>", "\"><svg onload=window.owned=1>", "<style>*{display:none}</style>", "</article></ol><h1>gone</h1>"];
+  const { page, close } = await visit(main);
+  await ready(page);
+  const body = marks.map((mark, i) => JSON.stringify({ id: `hostile-${Date.now()}-${i}`, author: `h${i}`, text: `hostile ${i} $HLXN ${mark}` })).join("\n");
+  const sent = await fetch(`${main.url}/v1/ingest`, { method: "POST", headers, body });
+  equal([sent.status, (await sent.json()).accepted], [202, marks.length], "ingest");
+  await page.waitForFunction((wanted) => wanted.every((mark) => document.querySelector(".feed-list").textContent.includes(mark)), marks, { timeout: 30_000 });
+  equal(await page.evaluate(() => [window.owned ?? null, document.querySelectorAll("script").length, document.querySelectorAll("style, iframe, main img, .feed svg, main ol h1").length, window.violations.length]), [null, 1, 0, 0], "what ran");
+  await close();
+});
+
 if (!args.url) {
   if (wanted("hostile")) await test("hostile posts are text: nothing runs, nothing is fetched, nothing is styled", async () => {
     const server = await serve("--load", "30", "--tickers", "12", "--hostile");
