@@ -1,31 +1,44 @@
-//! One body, compiled twice: for the baseline of the target and for AVX-512, chosen once at run time.
+//! One body, compiled three times: for the baseline of the target, for AVX2 and for AVX-512, chosen once at run time.
 //!
-//! Element-wise kernels are written as plain loops over slices that the compiler vectorises; [`simd!`] gives each a twin with
-//! wider registers. Both twins do the same f32 operations in the same order (no fused multiply-add is written), so the
-//! choice does not change a bit of the result. Explicit intrinsics are only in `gemm/avx512.rs`.
+//! Element-wise kernels are written as plain loops over slices that the compiler vectorises; [`simd!`] gives each twins with
+//! wider registers. All do the same f32 operations in the same order (no fused multiply-add is written), so the choice does
+//! not change a bit of the result. Explicit intrinsics are only in `gemm/avx512.rs` and `gemm/avx2.rs`.
 
 use std::sync::OnceLock;
 
-/// Whether the AVX-512 twins may run: F, BW, VL, DQ and BF16, which Zen 4, Cooper Lake and Sapphire Rapids have.
-pub(crate) fn has_avx512() -> bool {
-    static HAS: OnceLock<bool> = OnceLock::new();
-    *HAS.get_or_init(|| {
+/// What the kernels of this process run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Isa {
+    /// AVX-512 F, BW, VL, DQ and BF16: Zen 4, Cooper Lake, Sapphire Rapids.
+    Avx512,
+    /// AVX2 and FMA: Haswell, Zen and later.
+    Avx2,
+    Plain,
+}
+
+/// The widest instructions that the processor has.
+pub(crate) fn isa() -> Isa {
+    static ISA: OnceLock<Isa> = OnceLock::new();
+    *ISA.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
         {
-            is_x86_feature_detected!("avx512f")
+            if is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512bf16")
+            {
+                return Isa::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                return Isa::Avx2;
+            }
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        {
-            false
-        }
+        Isa::Plain
     })
 }
 
-/// `simd! { fn name(a: A, …) -> R { body } }`: `name` runs the body, in its AVX-512 twin where the processor has it.
+/// `simd! { fn name(a: A, …) -> R { body } }`: `name` runs the body, in the twin for what the processor has.
 macro_rules! simd {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($g:ident : $bound:path),*>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -39,9 +52,15 @@ macro_rules! simd {
                 fn wide $(<$($g: $bound),*>)? ($($arg: $ty),*) $(-> $ret)? {
                     plain($($arg),*)
                 }
-                if $crate::simd::has_avx512() {
-                    // SAFETY: has_avx512 checked every feature that `wide` enables.
-                    return unsafe { wide($($arg),*) };
+                #[target_feature(enable = "avx2,fma")]
+                fn narrow $(<$($g: $bound),*>)? ($($arg: $ty),*) $(-> $ret)? {
+                    plain($($arg),*)
+                }
+                // SAFETY: isa() checked every feature that the twin enables.
+                match $crate::simd::isa() {
+                    $crate::simd::Isa::Avx512 => return unsafe { wide($($arg),*) },
+                    $crate::simd::Isa::Avx2 => return unsafe { narrow($($arg),*) },
+                    $crate::simd::Isa::Plain => {}
                 }
             }
             plain($($arg),*)

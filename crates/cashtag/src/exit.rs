@@ -128,6 +128,11 @@ pub(crate) fn stop_requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }
 
+/// The request was met by ending one piece of work; the program goes on (a conversation after a reply was cut short).
+pub(crate) fn forget_stop() {
+    REQUESTED.store(false, Ordering::SeqCst);
+}
+
 /// [`stop_requested`] as an error, which ends the program with the signal's code and without a message.
 ///
 /// # Errors

@@ -91,7 +91,7 @@ impl Checkpoint {
     }
 
     /// Every tensor of the model with its shape, in the order of the forward pass.
-    fn expected(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+    pub(crate) fn expected(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
         let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
         let query = config.num_attention_heads * config.head_dim;
         let key_value = config.num_key_value_heads * config.head_dim;
@@ -261,6 +261,30 @@ impl Checkpoint {
         };
         tokenizer.limit(self.config.vocab_size)?;
         Ok(tokenizer)
+    }
+
+    /// The GGUF file that was opened, if it is one.
+    pub(crate) fn gguf(&self) -> Option<&Gguf> {
+        match &self.source {
+            Source::Gguf(gguf) => Some(gguf),
+            _ => None,
+        }
+    }
+
+    /// The Hugging Face directory that was opened, if it is one.
+    pub(crate) fn directory(&self) -> Option<&Path> {
+        match &self.source {
+            Source::Hf(hf) => Some(hf.dir()),
+            _ => None,
+        }
+    }
+
+    /// How a directory's matrices are mostly stored: "F16", "BF16", "F32", "NF4".
+    pub(crate) fn storage_name(&self) -> Option<String> {
+        match &self.source {
+            Source::Hf(hf) => Some(hf.storage_name()),
+            _ => None,
+        }
     }
 
     fn tokenizer_files(&self) -> Result<Files<'_>> {

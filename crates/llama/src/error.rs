@@ -13,6 +13,15 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    #[error("cannot write {}: {source}{}", path.display(), full_disk(source))]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    /// Whoever watches asked to stop.
+    #[error("stopped")]
+    Stopped,
     /// A file that is not what its name says, is damaged, or holds what this crate does not read.
     #[error("{}: {what}", path.display())]
     File { path: PathBuf, what: String },
@@ -38,6 +47,15 @@ pub enum Error {
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+fn full_disk(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            "\n  hint: make room, or write to another file system"
+        }
+        _ => "",
+    }
+}
+
 impl Error {
     pub(crate) fn file(path: &Path, what: impl Into<String>) -> Self {
         Error::File { path: path.to_owned(), what: what.into() }
@@ -45,6 +63,10 @@ impl Error {
 
     pub(crate) fn tensor(path: &Path, name: impl Into<String>, what: impl Into<String>) -> Self {
         Error::Tensor { path: path.to_owned(), name: name.into(), what: what.into() }
+    }
+
+    pub(crate) fn write(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Error::Write { path: path.to_owned(), source }
     }
 
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {

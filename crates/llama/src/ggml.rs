@@ -86,6 +86,23 @@ impl BlockType {
         })
     }
 
+    /// ggml's number of the type.
+    pub const fn id(self) -> u32 {
+        match self {
+            BlockType::F32 => 0,
+            BlockType::F16 => 1,
+            BlockType::Q4_0 => 2,
+            BlockType::Q4_1 => 3,
+            BlockType::Q5_0 => 6,
+            BlockType::Q5_1 => 7,
+            BlockType::Q8_0 => 8,
+            BlockType::Q4K => 12,
+            BlockType::Q5K => 13,
+            BlockType::Q6K => 14,
+            BlockType::Bf16 => 30,
+        }
+    }
+
     pub const fn name(self) -> &'static str {
         match self {
             BlockType::F32 => "F32",

@@ -76,6 +76,8 @@ pub struct Gguf {
     bytes: Bytes,
     version: u32,
     metadata: HashMap<String, Value>,
+    /// Key, type and bytes of each value as they stand, in the file's order: for copies.
+    pairs: Vec<(String, u32, Range<usize>)>,
     tensors: Vec<TensorInfo>,
     index: HashMap<String, usize>,
 }
@@ -119,10 +121,13 @@ impl Gguf {
         // A pair takes at least 13 bytes (empty key, type, one byte), a tensor 32 (empty name, rank 1).
         reader.believe("metadata pairs", pair_count, 13, MAX_PAIRS)?;
         let mut metadata = HashMap::new();
+        let mut pairs = Vec::new();
         for _ in 0..pair_count {
             let key = reader.name("metadata key")?;
             let kind = reader.u32()?;
+            let start = reader.at;
             let value = reader.value(kind, &key)?;
+            pairs.push((key.clone(), kind, start..reader.at));
             if metadata.insert(key.clone(), value).is_some() {
                 return Err(Error::file(path, format!("metadata key {} stands twice", quoted(&key))));
             }
@@ -140,7 +145,7 @@ impl Gguf {
             offsets.push(offset);
         }
         let end = reader.at;
-        let mut gguf = Gguf { path: path.to_owned(), bytes, version, metadata, tensors, index };
+        let mut gguf = Gguf { path: path.to_owned(), bytes, version, metadata, pairs, tensors, index };
         let alignment = gguf.u64("general.alignment")?.unwrap_or(32);
         if !alignment.is_power_of_two() || alignment > 1 << 20 {
             return Err(Error::file(path, format!("general.alignment is {alignment}, expected a power of two")));
@@ -194,6 +199,12 @@ impl Gguf {
 
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.index.get(name).and_then(|&at| self.tensors.get(at))
+    }
+
+    /// Every metadata pair: key, type number and the value's bytes.
+    pub(crate) fn raw_pairs(&self) -> impl Iterator<Item = (&str, u32, &[u8])> {
+        let bytes = |range: &Range<usize>| self.bytes.get(range.clone()).unwrap_or(&[]);
+        self.pairs.iter().map(move |(key, kind, range)| (key.as_str(), *kind, bytes(range)))
     }
 
     /// The stored bytes of a tensor of this file.

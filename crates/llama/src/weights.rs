@@ -149,6 +149,12 @@ fn stored_row(row: usize, head_rows: usize) -> usize {
     head * head_rows + 2 * (within % pairs) + within / pairs
 }
 
+/// The row that stands at `stored`: the inverse of [`stored_row`].
+pub(crate) fn natural_row(stored: usize, head_rows: usize) -> usize {
+    let (head, within) = (stored / head_rows, stored % head_rows);
+    head * head_rows + (within % 2) * (head_rows / 2) + within / 2
+}
+
 /// Index of the first NaN or infinity.
 pub(crate) fn first_not_finite(values: &[f32]) -> Option<usize> {
     // The maximum of the magnitudes' bits vectorises; the position is looked for only where there is one.
@@ -203,6 +209,12 @@ mod tests {
         assert_eq!(read(&matrix, 0..8).unwrap(), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
         assert_eq!(read(&matrix, 5..7).unwrap(), [5.0, 6.0]);
         assert!(matrix.raw().is_none());
+    }
+
+    #[test]
+    fn stored_and_natural_rows_are_inverse() {
+        assert_eq!((0..8).map(|row| natural_row(row, 4)).collect::<Vec<_>>(), [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert!((0..192).all(|row| natural_row(stored_row(row, 64), 64) == row));
     }
 
     #[test]

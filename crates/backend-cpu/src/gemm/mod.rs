@@ -6,6 +6,8 @@
 //! number of threads.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod pack;
 mod scalar;
@@ -14,7 +16,7 @@ use rayon::prelude::*;
 
 pub(crate) use pack::{Panels, interleave_rows, pack_nn, pack_nt, transpose_panels};
 
-use crate::simd::{Bf16, has_avx512};
+use crate::simd::{Bf16, Isa, isa};
 
 /// Rows of a tile: 12 × 2 accumulators fill 24 of the 32 vector registers.
 pub(crate) const MR: usize = 12;
@@ -88,6 +90,11 @@ pub(crate) unsafe fn gemm(alpha: f32, a: AWords, b: &Panels, accumulate: bool, c
         let (row_task, panel_task) = (index / panel_tasks, index % panel_tasks);
         let rows = row_task * ROWS_PER_TASK..((row_task + 1) * ROWS_PER_TASK).min(a.rows);
         let columns = panel_task * panels / panel_tasks..(panel_task + 1) * panels / panel_tasks;
+        #[cfg(target_arch = "x86_64")]
+        if isa() == Isa::Avx2 {
+            // SAFETY: isa() checked the features; rows and panels lie inside the operands by the caller's contract.
+            return unsafe { avx2::block(alpha, a, b, accumulate, c, rows, columns) };
+        }
         for p in columns {
             for row in rows.clone().step_by(MR) {
                 // SAFETY: the tile lies inside the operands by the caller's contract.
@@ -127,7 +134,7 @@ unsafe fn one_tile(alpha: f32, a: AWords, b: &Panels, accumulate: bool, c: COut,
             accumulate,
         };
         #[cfg(target_arch = "x86_64")]
-        if has_avx512() {
+        if isa() == Isa::Avx512 {
             return avx512::tile(&t);
         }
         scalar::tile(&t);

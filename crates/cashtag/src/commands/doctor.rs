@@ -87,9 +87,7 @@ fn features() -> String {
 fn precision() -> &'static str {
     match cashtag_backend_cpu::Precision::best() {
         cashtag_backend_cpu::Precision::Bf16 => "bf16 (f32 with --precision f32)",
-        cashtag_backend_cpu::Precision::F32 => {
-            "f32 (bf16 needs AVX512-BF16: AMD Zen 4, Intel Sapphire Rapids or later)"
-        }
+        cashtag_backend_cpu::Precision::F32 => "f32 (bf16 needs AVX2 and FMA)",
     }
 }
 

@@ -4,11 +4,16 @@
 //! `settings::Flags` into their `Args` and call `resolve()`; `Flags<Inference>` leaves the flags for training out.
 
 mod bench;
+mod chat;
+mod complete;
 mod config;
 mod corpus;
 mod doctor;
 mod eval;
+mod export;
 mod generate;
+mod live;
+mod plan;
 mod predict;
 mod prepare;
 mod pull;
@@ -25,6 +30,16 @@ pub(crate) enum Command {
     Eval(eval::Args),
     /// Classify a text, lines of standard input, or a file
     Predict(predict::Args),
+    /// Talk with a model
+    Chat(chat::Args),
+    /// Have a model answer one prompt, or a file of prompts
+    Complete(complete::Args),
+    /// Score a stream of posts and turn it into signals per ticker, sector and market, on a page
+    Live(live::Args),
+    /// Write a model with its adapter for Transformers, llama.cpp or Ollama
+    Export(export::Args),
+    /// Say what a recipe will need: memory, steps, time
+    Plan(plan::Args),
     /// Measure how fast this machine trains and classifies
     Bench(bench::Args),
     /// Have a chat model write labelled tweets
@@ -50,6 +65,11 @@ impl Command {
             Command::Train(args) => train::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Predict(args) => predict::run(args),
+            Command::Chat(args) => chat::run(args),
+            Command::Complete(args) => complete::run(args),
+            Command::Live(args) => live::run(args),
+            Command::Export(args) => export::run(args),
+            Command::Plan(args) => plan::run(args),
             Command::Bench(args) => bench::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Prepare(args) => prepare::run(args),

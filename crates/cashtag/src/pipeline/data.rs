@@ -24,21 +24,17 @@ pub(crate) struct Reading {
     #[arg(long, value_name = "NAME", help_heading = "Reading")]
     label_column: Option<String>,
     /// What foreign labels mean, as in 0=Negative,1=Neutral,2=Positive
-    #[arg(long, value_name = "MAP", value_parser = checked_label_map, help_heading = "Reading")]
+    #[arg(long, value_name = "MAP", help_heading = "Reading")]
     label_map: Option<String>,
 }
 
-/// The text itself: a command line that repeats a run must be able to say it again.
-fn checked_label_map(text: &str) -> Result<String, cashtag_corpus::Error> {
-    LabelMap::parse(text).map(|_| text.to_string())
-}
-
 impl Reading {
-    fn options(&self) -> anyhow::Result<ReadOptions> {
+    fn options<S: AsRef<str>>(&self, labels: &[S]) -> anyhow::Result<ReadOptions> {
+        let label_map = LabelMap::of(labels).with(self.label_map.as_deref().unwrap_or_default());
         Ok(ReadOptions {
             text_column: self.text_column.clone(),
             label_column: self.label_column.clone(),
-            label_map: self.label_map.as_deref().map(LabelMap::parse).transpose()?.unwrap_or_default(),
+            label_map: label_map.map_err(|e| anyhow!(Usage(format!("--label-map: {e}"))))?,
             require_label: true,
         })
     }
@@ -76,13 +72,22 @@ pub(crate) struct Data {
     pub(crate) source: String,
 }
 
-/// Reads and splits what the settings ask for. `default_train` bounds the training part unless the user said otherwise.
+/// How much of the data a command takes when nothing is said.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Portions {
+    /// Examples to train on, the validation part among them.
+    pub(crate) train: Option<usize>,
+    pub(crate) held_out: Option<usize>,
+}
+
+/// Reads and splits what the settings ask for. `default` bounds the parts unless the user said otherwise.
 ///
 /// # Errors
 /// Unreadable files, labels that are not the run's, an empty part.
-pub(crate) fn load(settings: &Settings, reading: &Reading, default_train: Option<usize>) -> anyhow::Result<Data> {
+pub(crate) fn load(settings: &Settings, reading: &Reading, default: Portions) -> anyhow::Result<Data> {
     let d = &settings.data;
     let seed = settings.training.seed;
+    let labels = d.labels.names();
     let (mut train, mut held_out, source) = match &d.source {
         DataSource::Builtin => {
             let split = builtin_split()?;
@@ -90,7 +95,7 @@ pub(crate) fn load(settings: &Settings, reading: &Reading, default_train: Option
         }
         DataSource::Path(path) => {
             let path = resolve(&path.to_string_lossy())?;
-            let examples = read(&path, reading)?;
+            let examples = read(&path, reading, &labels)?;
             let source = path.display().to_string();
             if d.eval_source.is_some() {
                 (examples, Vec::new(), source)
@@ -101,11 +106,16 @@ pub(crate) fn load(settings: &Settings, reading: &Reading, default_train: Option
         }
     };
     if let Some(path) = &d.eval_source {
-        held_out = read(&resolve(&path.to_string_lossy())?, reading)?;
+        held_out = read(&resolve(&path.to_string_lossy())?, reading, &labels)?;
     }
-    let wanted = if d.full { None } else { d.train_examples.or(default_train) };
-    if let Some(n) = wanted.filter(|&n| n < train.len()) {
+    let portion = |said: Option<usize>, default: Option<usize>| said.or(default.filter(|_| !d.full));
+    if let Some(n) = portion(d.train_examples.filter(|_| !d.full), default.train).filter(|&n| n < train.len()) {
         train = balanced_sample(&train, n, seed);
+    }
+    if let Some(n) = portion(d.eval_examples, default.held_out).filter(|&n| n < held_out.len()) {
+        // In the proportions of the whole, so that the figures estimate those of the whole.
+        let share = n as f64 / held_out.len() as f64;
+        held_out = split_examples(&held_out, &SplitOptions { held_out: share, seed })?.held_out;
     }
     // The validation part comes out of the training part, a tenth by default but never more than is useful.
     const MOST_VALIDATION: usize = 300;
@@ -140,8 +150,8 @@ pub(crate) fn hinted(error: impl Into<anyhow::Error>, hint: &str) -> anyhow::Err
 ///
 /// # Errors
 /// Unreadable files, columns that cannot be told, labels that are not known, no examples at all.
-pub(crate) fn read(path: &Path, reading: &Reading) -> anyhow::Result<Vec<Example>> {
-    let options = reading.options()?;
+pub(crate) fn read<S: AsRef<str>>(path: &Path, reading: &Reading, labels: &[S]) -> anyhow::Result<Vec<Example>> {
+    let options = reading.options(labels)?;
     let mut all = Vec::new();
     for file in data_files(path)? {
         let (examples, columns) = read_examples_reported(&file, &options)

@@ -39,6 +39,16 @@ impl Opened {
 /// # Errors
 /// No such model, damaged files, an adapter that does not fit.
 pub(crate) fn open(settings: &Settings) -> anyhow::Result<Opened> {
+    let (checkpoint, adapter) = open_model(settings)?;
+    let format = format(settings, &checkpoint, adapter.as_ref().and_then(|a| a.classifier.as_ref()))?;
+    Ok(Opened { checkpoint, format, adapter })
+}
+
+/// The model and its adapter without a prompt for labels: for commands that write text or files.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn open_model(settings: &Settings) -> anyhow::Result<(Checkpoint, Option<Adapter>)> {
     let checkpoint = match &settings.model.random_weights {
         Some(shape) => random_checkpoint(settings, shape)?,
         None => open_checkpoint(&find(settings)?)?,
@@ -52,8 +62,7 @@ pub(crate) fn open(settings: &Settings) -> anyhow::Result<Opened> {
     {
         output::warn(format!("the adapter was trained on {base}, the model is {}", settings.model.name));
     }
-    let format = format(settings, &checkpoint, adapter.as_ref().and_then(|a| a.classifier.as_ref()))?;
-    Ok(Opened { checkpoint, format, adapter })
+    Ok((checkpoint, adapter))
 }
 
 /// An adapter knows its base model: without another word from the user (`named`) that is the one to use.
@@ -69,7 +78,7 @@ pub(crate) fn follow_base_model(settings: &mut Settings, named: bool) {
 }
 
 /// The adapter's own directory, also if the directory of its run was named.
-fn adapter_directory(dir: &Path) -> PathBuf {
+pub(crate) fn adapter_directory(dir: &Path) -> PathBuf {
     let inner = dir.join("adapter");
     if !dir.join(CONFIG_FILE).exists() && inner.join(CONFIG_FILE).exists() { inner } else { dir.to_owned() }
 }
@@ -105,6 +114,7 @@ fn open_checkpoint(path: &Path) -> anyhow::Result<Checkpoint> {
 fn random_checkpoint(settings: &Settings, shape: &str) -> anyhow::Result<Checkpoint> {
     let config = match LlamaConfig::preset(shape) {
         Some(config) => config,
+        None if Path::new(shape).is_file() => cashtag_llama::hf::read_config(Path::new(shape))?,
         None => bail!(exit::Usage(format!(
             "--random-weights {shape} is no known shape\n  hint: {}",
             LlamaConfig::PRESETS.join(", ")
@@ -189,6 +199,11 @@ impl<'a, B: Backend> Classifier<'a, B> {
         Ok(scores.iter().map(|s| normalise(s, self.temperature)).collect())
     }
 
+    /// Rows that a prompt takes.
+    pub(crate) fn rows(&self, prompt: &[u32]) -> usize {
+        self.scorer.rows(prompt)
+    }
+
     /// Whether a text can be a prompt (it cannot if it is too long and that is asked to be an error).
     pub(crate) fn takes(&self, text: &str) -> bool {
         self.format.prompt(text).is_ok()
@@ -229,7 +244,8 @@ pub(crate) fn load_lora<B: Backend>(
     adapter: Option<&Adapter>,
 ) -> anyhow::Result<Option<Lora<B>>> {
     let Some(adapter) = adapter else { return Ok(None) };
-    let lora = Lora::new(backend, adapter.lora.clone(), model.config(), &adapter.tensors, false)?;
+    let mut lora = Lora::new(backend, adapter.lora.clone(), model.config(), &adapter.tensors, false)?;
+    model.prepare(backend, &mut lora)?;
     output::detail(format!("adapter: r {}, {} parameters", adapter.lora.r, lora.parameters()));
     Ok(Some(lora))
 }

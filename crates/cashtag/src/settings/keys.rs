@@ -106,10 +106,9 @@ macro_rules! settings {
     };
 }
 
-/// What the model is asked when nothing else is said.
-pub(super) const SYSTEM_MESSAGE: &str = "Judge the mood of a stock-market tweet. Positive: good news, gains, or a bullish view. \
-Negative: bad news, losses, or a bearish view, sarcasm included. Neutral: plain facts, mixed signals, or nothing that moves \
-the price. Answer with one word.";
+/// What the model is asked when nothing else is said. Short: a small model learns sooner from few examples with it than with
+/// an explanation of the labels (docs/quality.md).
+pub(super) const SYSTEM_MESSAGE: &str = "Is this tweet Positive, Neutral or Negative for the stock or the market?";
 
 settings! {
     /// The base model and the device that it runs on.
@@ -143,6 +142,8 @@ settings! {
         full: bool = false;
         /// How many examples to train on; `none` leaves it to the command.
         train_examples: Option<usize> = None, "a whole number from 1, or none" if |v| *v != Some(0);
+        /// How many held-out examples to judge; `none` leaves it to the command.
+        eval_examples: Option<usize> = None, "a whole number from 1, or none" if |v| *v != Some(0);
         /// The part that is held out for evaluation.
         eval_fraction: f64 = 0.1, "a number above 0 and below 1" if |v| *v > 0.0 && *v < 1.0;
         /// What stands before every text; `none` leaves it out.

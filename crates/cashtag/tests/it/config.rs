@@ -30,7 +30,7 @@ fn every_value_with_its_source() {
         full = false                                  # default
         train_examples = "none"                       # default
         eval_fraction = 0.1                           # default
-        system_message = "Judge the mood of a stock-market tweet. Positive: good news, gains, or a bullish view. Negative: bad news, losses, or a bearish view, sarcasm included. Neutral: plain facts, mixed signals, or nothing that moves the price. Answer with one word."  # default
+        system_message = "Is this tweet Positive, Neutral or Negative for the stock or the market?"  # default
         labels = ["Positive", "Neutral", "Negative"]  # default
         max_seq_length = 512                          # default
         too_long = "truncate"                         # default

@@ -62,6 +62,10 @@ impl AddedTokens {
         Ok(AddedTokens { tokens, by_first_byte })
     }
 
+    pub(crate) fn all(&self) -> &[AddedToken] {
+        &self.tokens
+    }
+
     pub(crate) fn has(&self, id: u32) -> bool {
         self.tokens.iter().any(|token| token.id == id)
     }

@@ -55,6 +55,14 @@ impl Merges {
         self.map.insert(key(left, right), (rank, merged));
     }
 
+    /// All merges as (rank, merged, left, right), in that order.
+    pub(crate) fn sorted(&self) -> Vec<(u32, u32, u32, u32)> {
+        let all = self.map.iter().map(|(key, &(rank, merged))| (rank, merged, (key >> 32) as u32, *key as u32));
+        let mut all: Vec<_> = all.collect();
+        all.sort_unstable();
+        all
+    }
+
     fn get(&self, left: u32, right: u32) -> Option<(u32, u32)> {
         self.map.get(&key(left, right)).copied()
     }

@@ -12,30 +12,53 @@ pub(crate) enum Decoder {
     SentencePiece { strip_first_space: bool },
 }
 
-/// Decodes ids as they come. A character is handed out when its last byte has arrived; bytes that can no longer become
-/// UTF-8 are handed out as U+FFFD. All parts together are what [`Tokenizer::decode`] gives.
+/// Decodes ids as they come: [`Detokenizer`] with its tokenizer. All parts together are what [`Tokenizer::decode`] gives.
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
+    state: Detokenizer,
+}
+
+impl<'a> DecodeStream<'a> {
+    pub(super) fn new(tokenizer: &'a Tokenizer, skip_special: bool) -> Self {
+        DecodeStream { tokenizer, state: Detokenizer::new(skip_special, false) }
+    }
+
+    /// The text that `id` completes; often a word, empty while a character is incomplete. Unknown ids give nothing.
+    pub fn push(&mut self, id: u32) -> String {
+        self.state.push(self.tokenizer, id)
+    }
+
+    /// What is left when no more ids come: U+FFFD for an incomplete character, usually nothing.
+    pub fn finish(mut self) -> String {
+        self.state.finish(self.tokenizer)
+    }
+}
+
+/// What decoding ids one at a time has to remember; whoever keeps many of them gives the tokenizer with each call. A
+/// character is handed out when its last byte has arrived; bytes that can no longer become UTF-8 are handed out as U+FFFD.
+#[derive(Clone, Debug)]
+pub struct Detokenizer {
     skip_special: bool,
     /// An incomplete character: at most three bytes between calls.
     pending: Vec<u8>,
     at_start: bool,
 }
 
-impl<'a> DecodeStream<'a> {
-    pub(super) fn new(tokenizer: &'a Tokenizer, skip_special: bool) -> Self {
-        DecodeStream { tokenizer, skip_special, pending: Vec::new(), at_start: true }
+impl Detokenizer {
+    /// `continues`: text stands in front of the first id, so a space that it begins with is the text's own.
+    pub fn new(skip_special: bool, continues: bool) -> Self {
+        Detokenizer { skip_special, pending: Vec::new(), at_start: !continues }
     }
 
     /// The text that `id` completes; often a word, empty while a character is incomplete. Unknown ids give nothing.
-    pub fn push(&mut self, id: u32) -> String {
-        if self.skip_special && self.tokenizer.is_special(id) {
+    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> String {
+        if self.skip_special && tokenizer.is_special(id) {
             return String::new();
         }
-        let Some(token) = self.tokenizer.id_to_token(id) else {
+        let Some(token) = tokenizer.id_to_token(id) else {
             return String::new();
         };
-        match self.tokenizer.decoder {
+        match tokenizer.decoder {
             Decoder::ByteLevel => {
                 let before = self.pending.len();
                 for c in token.chars() {
@@ -62,13 +85,13 @@ impl<'a> DecodeStream<'a> {
             },
         }
         let text = self.complete(false);
-        self.trim_start(text)
+        self.trim_start(tokenizer, text)
     }
 
     /// What is left when no more ids come: U+FFFD for an incomplete character, usually nothing.
-    pub fn finish(mut self) -> String {
+    pub fn finish(&mut self, tokenizer: &Tokenizer) -> String {
         let text = self.complete(true);
-        self.trim_start(text)
+        self.trim_start(tokenizer, text)
     }
 
     /// Takes the decodable part of the pending bytes, all of it if nothing more can come.
@@ -93,10 +116,10 @@ impl<'a> DecodeStream<'a> {
         text
     }
 
-    fn trim_start(&mut self, mut text: String) -> String {
+    fn trim_start(&mut self, tokenizer: &Tokenizer, mut text: String) -> String {
         if self.at_start && !text.is_empty() {
             self.at_start = false;
-            if self.tokenizer.decoder == (Decoder::SentencePiece { strip_first_space: true }) && text.starts_with(' ') {
+            if tokenizer.decoder == (Decoder::SentencePiece { strip_first_space: true }) && text.starts_with(' ') {
                 text.remove(0);
             }
         }

@@ -19,11 +19,12 @@ mod json;
 mod pretokenize;
 mod sentencepiece;
 mod unicode;
+mod write;
 
 use std::collections::HashMap;
 use std::path::Path;
 
-pub use decode::DecodeStream;
+pub use decode::{DecodeStream, Detokenizer};
 
 use self::added::{AddedToken, AddedTokens};
 use self::bpe::Merges;

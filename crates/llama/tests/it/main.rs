@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod dequantize;
+mod generate;
 mod hostile;
 mod templates;
 mod tokenizer;

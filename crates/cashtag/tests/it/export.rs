@@ -1,0 +1,264 @@
+//! What is exported, read by the programs that it is for: Transformers, PEFT and llama.cpp (`interop.py`), on the real
+//! small model. Skipped, with a line that says so, where they are not there.
+//!
+//! Adapters of the tests are not trained: their factors are noise of a size that changes the answers, which asks more of
+//! agreement than a good adapter would.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use cashtag_llama::adapter::{Adapter, ClassifierConfig};
+use cashtag_llama::checkpoint::Checkpoint;
+use cashtag_llama::gguf::Gguf;
+use cashtag_llama::lora::{LoraConfig, LoraTensors, Module};
+use cashtag_llama::prompt::Label;
+use insta::assert_snapshot;
+use serde_json::{Value, json};
+
+use super::context::{Context, files};
+use super::model_commands::{MODEL_FILE, cache, context};
+
+const SYSTEM: &str = "Judge the mood of a stock-market tweet: Positive, Neutral or Negative.";
+const LABELS: [&str; 3] = ["Positive", "Neutral", "Negative"];
+const TEXTS: [&str; 5] = [
+    "Upgraded to buy with a higher target",
+    "so the new CFO sold again 🙃 great sign",
+    "The board meets on Tuesday, as planned",
+    "$QLTX closes the gap and holds 41.5, adding here",
+    "Company files for bankruptcy protection",
+];
+
+/// A Python that has the packages, or a line that says that there is none.
+fn python() -> Option<String> {
+    let python = std::env::var("CASHTAG_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
+    let found = Command::new(&python).args(["-c", "import torch, transformers, peft, gguf"]).output();
+    if found.is_ok_and(|o| o.status.success()) {
+        return Some(python);
+    }
+    eprintln!(
+        "skipped: {python} has no torch, transformers, peft and gguf; CASHTAG_TEST_PYTHON names one that has, and llama-cpp-python for llama.cpp"
+    );
+    None
+}
+
+fn ask(python: &str, job: &Value) -> BTreeMap<String, Value> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/interop.py");
+    let mut child = Command::new(python)
+        .arg(script)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(job.to_string().as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {said}"))
+}
+
+/// An adapter of noise, saved in `dir`.
+fn save_adapter(dir: &Path, model: &Path, lora: LoraConfig) {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let config = checkpoint.config();
+    let mut tensors = LoraTensors::init(&lora, config, 7);
+    // Another draw of the same generator, scaled, for the factors that begin as zeros.
+    let mut noise = LoraTensors::init(&lora, config, 8).a.into_iter().cycle();
+    tensors.b.iter_mut().zip(&mut noise).for_each(|(b, n)| *b = 0.7 * n);
+    let classifier = ClassifierConfig {
+        labels: LABELS.map(Label::new).to_vec(),
+        system_message: Some(SYSTEM.into()),
+        max_seq_length: 512,
+        temperature: 1.0,
+        base_model: model.display().to_string(),
+    };
+    let adapter = Adapter { lora, tensors, base_model: Some("base".into()), classifier: Some(classifier) };
+    adapter.save(dir, config).unwrap();
+}
+
+fn all_linear() -> LoraConfig {
+    LoraConfig { r: 8, lora_alpha: 16.0, ..Default::default() }
+}
+
+/// Our own probabilities, in f32.
+fn ours(context: &Context, adapter: &Path) -> Vec<Vec<f64>> {
+    let adapter = adapter.display().to_string();
+    let args =
+        ["predict", "-", "--json", "-q", "--precision", "f32", "--system-message", SYSTEM, "--adapter", &adapter];
+    let mut child =
+        context.command(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all((TEXTS.join("\n") + "\n").as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", context.shown(&output));
+    let object = |line: &str| -> Value { serde_json::from_str(line).unwrap() };
+    let row = |o: Value| ["p_positive", "p_neutral", "p_negative"].map(|k| o[k].as_f64().unwrap()).to_vec();
+    String::from_utf8(output.stdout).unwrap().lines().map(|l| row(object(l))).collect()
+}
+
+fn rows(value: &Value) -> Vec<Vec<f64>> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn best(row: &[f64]) -> usize {
+    (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap()
+}
+
+/// Largest difference of a probability.
+fn distance(a: &[Vec<f64>], b: &[Vec<f64>]) -> f64 {
+    assert_eq!((a.len(), b.len()), (TEXTS.len(), TEXTS.len()));
+    a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+fn model_file() -> Option<PathBuf> {
+    Some(cache()?.join(MODEL_FILE))
+}
+
+fn export(context: &Context, args: &[&str]) -> String {
+    let shown = context.run(&[&["export", "-q"], args].concat());
+    assert!(shown.starts_with("exit code 0"), "{args:?}: {shown}");
+    shown
+}
+
+/// Adapters go both ways with the same label probabilities in f32; exported models give the same labels.
+#[test]
+fn others_read_what_is_written() {
+    let (Some(context), Some(model)) = (context(), model_file()) else { return };
+    let Some(python) = python() else { return };
+    let path = |name: &str| context.path(name).display().to_string();
+    save_adapter(&context.path("lora"), &model, all_linear());
+    let some = LoraConfig {
+        r: 4,
+        lora_alpha: 4.0,
+        use_rslora: true,
+        target_modules: vec![Module::QProj, Module::VProj, Module::UpProj],
+        layers_to_transform: Some(vec![0, 1, 15, 29]),
+        ..Default::default()
+    };
+    save_adapter(&context.path("rslora"), &model, some);
+    let shards = ["--type", "f32", "--max-shard-size", "200"];
+    export(&context, &[&["--to", "merged", "--adapter", "lora", "--out", "merged32"], &shards[..]].concat());
+    export(&context, &["--to", "merged", "--adapter", "lora", "--out", "merged16"]);
+    for kind in ["f16", "q8_0", "q4_0"] {
+        let out = format!("{kind}.gguf");
+        export(&context, &["--to", "gguf", "--type", kind, "--adapter", "lora", "--out", &out]);
+    }
+    // The Hugging Face directory as a base: metadata and tokenizer are made anew.
+    export(&context, &["--to", "gguf", "--model", "merged16", "--out", "again.gguf"]);
+    export(&context, &["--to", "gguf-lora", "--adapter", "lora", "--out", "lora.gguf"]);
+    export(&context, &["--to", "gguf-lora", "--adapter", "rslora", "--out", "rslora.gguf"]);
+
+    let said = ask(
+        &python,
+        &json!({
+            "model": model.display().to_string(), "work": path("."), "system": SYSTEM, "labels": LABELS, "texts": TEXTS,
+            "adapters": {"lora": path("lora"), "rslora": path("rslora")},
+            "merged": {"merged32": path("merged32"), "merged16": path("merged16")},
+            "gguf": {"f16": path("f16.gguf"), "q8_0": path("q8_0.gguf"), "q4_0": path("q4_0.gguf"), "again": path("again.gguf")},
+            "lora": {"lora.gguf": path("lora.gguf"), "rslora.gguf": path("rslora.gguf")},
+        }),
+    );
+    let own: BTreeMap<&str, Vec<Vec<f64>>> = ["lora", "rslora", "peft-lora", "peft-rslora"]
+        .into_iter()
+        .map(|name| (name, ours(&context, &context.path(name))))
+        .collect();
+    let labels: Vec<usize> = own["lora"].iter().map(|r| best(r)).collect();
+    println!("labels of the texts: {labels:?}");
+    for (name, own) in &own {
+        let far = distance(own, &rows(&said[*name]));
+        println!("{name}: PEFT's probabilities differ by at most {far:.1e}");
+        assert!(far < 1e-4, "{name}: {far}: {own:?} for {:?}", said[*name]);
+    }
+    let far = distance(&own["lora"], &rows(&said["merged32"]));
+    assert!(far < 1e-4, "merged in f32: {far}");
+    // 16 bits round the weights; llama.cpp computes products of quantised weights in 8 bits.
+    for (name, limit) in [("merged16", 0.01), ("f16", 0.01), ("again", 0.01), ("q8_0", 0.05), ("lora.gguf", 0.05)] {
+        let Some(found) = said.get(name).map(rows) else { continue };
+        let far = distance(&own["lora"], &found);
+        println!("{name}: probabilities differ by at most {far:.1e}");
+        assert!(far < limit, "{name}: {far}: {found:?} for {:?}", own["lora"]);
+        assert_eq!(found.iter().map(|r| best(r)).collect::<Vec<_>>(), labels, "{name}");
+    }
+    if let Some(found) = said.get("rslora.gguf").map(rows) {
+        let far = distance(&own["rslora"], &found);
+        println!("rslora.gguf: probabilities differ by at most {far:.1e}");
+        assert!(far < 0.05, "rslora.gguf: {far}: {found:?} for {:?}", own["rslora"]);
+    }
+    if let Some(found) = said.get("q4_0").map(rows) {
+        // Four bits once more on weights that had been four bits: it loads and gives probabilities; how far they are is shown.
+        println!("q4_0: probabilities differ by at most {:.1e}", distance(&own["lora"], &found));
+        assert!(found.iter().all(|r| (r.iter().sum::<f64>() - 1.0).abs() < 1e-6));
+    }
+    if let Some(why) = said.get("skipped").and_then(Value::as_str) {
+        eprintln!("skipped: llama.cpp: {why}");
+    }
+}
+
+/// Without other programs: our own reader finds the same weights again, whatever the form.
+#[test]
+fn written_files_read_back() {
+    let (Some(context), Some(model)) = (context(), model_file()) else { return };
+    save_adapter(&context.path("lora"), &model, all_linear());
+    export(&context, &["--to", "gguf", "--type", "f32", "--adapter", "lora", "--out", "deep/f32.gguf"]);
+    export(
+        &context,
+        &["--to", "merged", "--type", "f32", "--max-shard-size", "300", "--adapter", "lora", "--out", "hf"],
+    );
+    let (gguf, hf) =
+        (Checkpoint::open(&context.path("deep/f32.gguf")).unwrap(), Checkpoint::open(&context.path("hf")).unwrap());
+    let base = Checkpoint::open(&model).unwrap();
+    assert_eq!(gguf.config(), base.config());
+    assert_eq!(hf.config(), base.config());
+    let mut changed = 0;
+    for name in base.tensor_names() {
+        if name.ends_with("norm.weight") {
+            assert_eq!(gguf.vector(&name).unwrap(), base.vector(&name).unwrap());
+            assert_eq!(hf.vector(&name).unwrap(), base.vector(&name).unwrap());
+            continue;
+        }
+        let matrices = [&base, &gguf, &hf].map(|c| c.weight(&name).unwrap());
+        let rows = [0, 1, matrices[0].rows() / 2 + 3, matrices[0].rows() - 1];
+        for row in rows {
+            let [b, g, h] = matrices.each_ref().map(|m| {
+                let mut out = vec![0f32; m.cols()];
+                m.read_rows(row..row + 1, &mut out).unwrap();
+                out
+            });
+            assert_eq!(g, h, "{name}, row {row}");
+            changed += usize::from(b != g);
+        }
+    }
+    assert_eq!(changed, 30 * 7 * 4, "every adapted row differs from the base");
+    // Prompts become the same tokens.
+    let tokens = |c: &Checkpoint| {
+        let messages = [("system", SYSTEM), ("user", TEXTS[1])].map(|(r, t)| cashtag_llama::chat::Message::new(r, t));
+        c.tokenizer().unwrap().encode_rendered(&c.chat_template().unwrap().render(&messages, true).unwrap())
+    };
+    assert_eq!(tokens(&gguf), tokens(&base));
+    assert_eq!(tokens(&hf), tokens(&base));
+    assert_snapshot!(files(&context.path("hf")).join("\n"), @"");
+
+    export(&context, &["--to", "ollama", "--type", "q4_0", "--adapter", "lora", "--out", "ollama"]);
+    assert_eq!(files(&context.path("ollama")), ["Modelfile", "model.gguf"]);
+    let file = Gguf::open(&context.path("ollama/model.gguf")).unwrap();
+    assert_eq!(file.tensor("token_embd.weight").unwrap().block_type.name(), "Q8_0");
+    assert_eq!(file.tensor("blk.3.ffn_up.weight").unwrap().block_type.name(), "Q4_0");
+    assert_snapshot!(std::fs::read_to_string(context.path("ollama/Modelfile")).unwrap(), @"");
+}
+
+#[test]
+fn what_cannot_be_exported() {
+    let Some(context) = context() else { return };
+    context.write("there.gguf", "something");
+    assert_snapshot!(context.run(&["export", "--to", "gguf", "--out", "there.gguf"]), @"");
+    assert_snapshot!(context.run(&["export", "--to", "gguf", "--type", "q5_k", "--out", "x.gguf"]), @"");
+    assert_snapshot!(context.run(&["export", "--to", "merged", "--type", "q8_0", "--out", "x"]), @"");
+    assert_snapshot!(context.run(&["export", "--to", "gguf-lora", "--out", "x.gguf"]), @"");
+    context.write("file", "");
+    assert_snapshot!(context.run(&["export", "--to", "gguf", "-q", "--out", "file/x.gguf"]), @"");
+    // A full disk is named, and nothing is left behind.
+    if Path::new("/dev/full").exists() {
+        assert_eq!(files(&context.path("")), ["file", "there.gguf"]);
+    }
+}

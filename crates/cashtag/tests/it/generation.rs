@@ -1,0 +1,88 @@
+//! `complete` and `chat` with the real small model.
+
+use std::io::Write as _;
+use std::process::Stdio;
+
+use insta::assert_snapshot;
+use serde_json::Value;
+
+use super::context::Context;
+use super::model_commands::context;
+
+fn piped(context: &Context, args: &[&str], input: &str) -> String {
+    let mut command = context.command(args);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    context.shown(&child.wait_with_output().unwrap())
+}
+
+fn stdout(context: &Context, args: &[&str]) -> String {
+    let output = context.command(args).output().unwrap();
+    assert!(output.status.success(), "{}", context.shown(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// f32, so that the text does not depend on the processor (as far as the leads in the library's fixture go).
+const F32: [&str; 3] = ["-q", "--precision", "f32"];
+
+#[test]
+fn one_prompt() {
+    let Some(context) = context() else { return };
+    let ask = |args: &[&str]| stdout(&context, &[&["complete"], &F32[..], args].concat());
+    let plain = ask(&["--max-new-tokens", "12", "What is a stock?"]);
+    assert_snapshot!(plain, @"");
+    let json: Value = serde_json::from_str(&ask(&["--json", "--max-new-tokens", "12", "What is a stock?"])).unwrap();
+    assert_eq!(json["completion"].as_str().unwrap().to_string() + "\n", plain);
+    assert_eq!((json["finish_reason"].as_str(), json["completion_tokens"].as_u64()), (Some("length"), Some(12)));
+    assert_snapshot!(ask(&["--raw", "--max-new-tokens", "8", "The stock market opened higher on Monday after"]), @"");
+    let drawn = |seed: &str| ask(&["--temperature", "1.5", "--seed", seed, "--max-new-tokens", "6", "Say something."]);
+    assert_eq!(drawn("1"), drawn("1"));
+    assert_ne!(drawn("1"), drawn("2"));
+}
+
+#[test]
+fn a_file_of_prompts_keeps_its_order() {
+    let Some(context) = context() else { return };
+    context.write(
+        "prompts.jsonl",
+        "{\"id\":1,\"prompt\":\"What is a stock?\"}\n\n{\"id\":2,\"messages\":[{\"role\":\"user\",\"content\":\"Say hello.\"}],\"note\":\"kept\"}\n{\"id\":3,\"prompt\":\"Name a colour.\"}\n",
+    );
+    let args = [&["complete"], &F32[..], &["--in", "prompts.jsonl", "--max-new-tokens", "12"]].concat();
+    let rows: Vec<Value> = stdout(&context, &args).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(rows.iter().map(|r| r["id"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3]);
+    let keys: Vec<&String> = rows[1].as_object().unwrap().keys().collect();
+    assert_eq!(keys, ["id", "messages", "note", "completion", "finish_reason", "prompt_tokens", "completion_tokens"]);
+    // Written together, each is what it is alone.
+    let alone = stdout(&context, &[&["complete"], &F32[..], &["--max-new-tokens", "12", "What is a stock?"]].concat());
+    assert_eq!(rows[0]["completion"].as_str().unwrap().to_string() + "\n", alone);
+    context.write("prompts.txt", "Name a colour.\nWrite two lines, one below the other.\n");
+    let args =
+        [&["complete"], &F32[..], &["--in", "prompts.txt", "--out", "answers.txt", "--max-new-tokens", "12"]].concat();
+    stdout(&context, &args);
+    let answers = std::fs::read_to_string(context.path("answers.txt")).unwrap();
+    assert_eq!(answers.lines().count(), 2, "{answers}");
+    assert_eq!(answers.lines().next(), rows[2]["completion"].as_str().map(|c| c.replace('\n', "\\n")).as_deref());
+    context.write("bad.jsonl", "{\"prompt\":\"x\"}\n{\"text\":\"x\"}\n");
+    assert_snapshot!(context.run(&["complete", "-q", "--in", "bad.jsonl", "--out", "x.jsonl"]), @"");
+    assert!(!context.path("x.jsonl").exists());
+}
+
+#[test]
+fn a_conversation_from_standard_input() {
+    let Some(context) = context() else { return };
+    let args = [&["chat"], &F32[..], &["--max-new-tokens", "10"]].concat();
+    let once = piped(&context, &args, "My name is Ada.\n");
+    let twice = piped(&context, &args, "My name is Ada.\n/new\nMy name is Ada.\n/quit\nnever\n");
+    let answer = once.strip_prefix("exit code 0\n--- stdout\n").unwrap().to_string();
+    assert_eq!(twice, format!("exit code 0\n--- stdout\n{answer}\n{answer}"));
+    assert_snapshot!(piped(&context, &args, "Say hello.\nSay it again.\n/system You are a pirate.\nSay hello.\n"), @"");
+}
+
+#[test]
+fn wrong_usage() {
+    let context = Context::new();
+    assert_snapshot!(context.run(&["complete", "--temperature", "-1", "x"]), @"");
+    assert_snapshot!(context.run(&["complete", " "]), @"");
+    assert_snapshot!(context.run(&["complete", "--max-new-tokens", "0", "x"]), @"");
+    assert_snapshot!(context.run(&["complete", "--in", "missing.jsonl"]), @"");
+}

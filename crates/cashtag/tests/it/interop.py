@@ -1,0 +1,122 @@
+"""Asks Transformers, PEFT and llama.cpp what they make of our files. Reads one JSON object from standard input:
+
+    {"model": GGUF, "work": DIR, "system": TEXT, "labels": [WORD…], "texts": [TEXT…],
+     "adapters": {NAME: DIR}, "merged": {NAME: DIR}, "gguf": {NAME: FILE}, "lora": {NAME: FILE}}
+
+and prints one with the label probabilities of each, in the order of texts and labels. Before that it makes two adapters with
+PEFT itself, in WORK/peft-lora and WORK/peft-rslora, with factors that are not zero.
+"""
+
+import json
+import os
+import sys
+
+job = json.load(sys.stdin)
+folder, name = os.path.split(job["model"])
+out = {}
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+
+def prompts(tokenizer):
+    def messages(text):
+        return [{"role": "system", "content": job["system"]}, {"role": "user", "content": text}]
+
+    rendered = [tokenizer.apply_chat_template(messages(t), tokenize=False, add_generation_prompt=True) for t in job["texts"]]
+    return [
+        [(tokenizer(r).input_ids, tokenizer(r + word).input_ids) for word in job["labels"]] for r in rendered
+    ]
+
+
+def normalise(rows):
+    return torch.softmax(torch.tensor(rows, dtype=torch.float64), -1).tolist()
+
+
+def probabilities(model, tokenizer):
+    rows = []
+    for labels in prompts(tokenizer):
+        row = []
+        for prompt, full in labels:
+            assert full[: len(prompt)] == prompt
+            with torch.no_grad():
+                logits = torch.log_softmax(model(torch.tensor([full])).logits[0].float(), -1)
+            row.append(sum(logits[i - 1, full[i]].item() for i in range(len(prompt), len(full))))
+        rows.append(row)
+    return normalise(rows)
+
+
+if job.get("adapters") is not None:
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    for kind, config in {
+        "peft-lora": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        "peft-rslora": LoraConfig(
+            r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"],
+            layers_to_transform=[0, 7, 29], task_type="CAUSAL_LM",
+        ),
+    }.items():
+        model = get_peft_model(base, config)
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.02)
+        path = os.path.join(job["work"], kind)
+        model.save_pretrained(path)
+        base = model.unload()
+        job["adapters"][kind] = path
+    for kind, path in job["adapters"].items():
+        model = PeftModel.from_pretrained(base, path)
+        out[kind] = probabilities(model.eval(), tokenizer)
+        base = model.unload()
+    del base
+
+for kind, path in job.get("merged", {}).items():
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    out[kind] = probabilities(model.eval(), tokenizer)
+
+if job.get("gguf") or job.get("lora"):
+    try:
+        from llama_cpp import Llama
+    except ImportError as error:
+        out["skipped"] = f"llama-cpp-python is not here ({error})"
+        job["gguf"] = job["lora"] = {}
+
+
+def llama_cpp_probabilities(path, lora=None):
+    import numpy as np
+
+    llm = Llama(path, n_ctx=512, n_threads=2, logits_all=True, verbose=False, lora_path=lora)
+    # The file's own tokenizer and template are what is asked.
+    template = llm.metadata["tokenizer.chat_template"]
+    import jinja2
+
+    rows = []
+    for text in job["texts"]:
+        messages = [{"role": "system", "content": job["system"]}, {"role": "user", "content": text}]
+        rendered = jinja2.Template(template).render(
+            messages=messages, add_generation_prompt=True, bos_token="<|im_start|>", eos_token="<|im_end|>"
+        )
+        row = []
+        for word in job["labels"]:
+            prompt = llm.tokenize(rendered.encode(), add_bos=False, special=True)
+            full = llm.tokenize((rendered + word).encode(), add_bos=False, special=True)
+            assert full[: len(prompt)] == prompt
+            llm.reset()
+            llm.eval(full)
+            logits = torch.log_softmax(torch.tensor(np.array(llm.scores[: len(full)])), -1)
+            row.append(sum(logits[i - 1, full[i]].item() for i in range(len(prompt), len(full))))
+        rows.append(row)
+    return normalise(rows)
+
+
+for kind, path in (job.get("gguf") or {}).items():
+    out[kind] = llama_cpp_probabilities(path)
+for kind, path in (job.get("lora") or {}).items():
+    out[kind] = llama_cpp_probabilities(job["model"], path)
+
+print(json.dumps(out))
