@@ -6,6 +6,7 @@
 //   node dev/server.mjs --speed 600 --start 12:20
 //   node dev/server.mjs --load 100 --tickers 500     100 posts/s over 500 tickers
 //   node dev/server.mjs --key secret          requests need "Authorization: Bearer secret"
+//   node dev/server.mjs --metrics FILE        a metrics.json for the view of the model; "drawn" for invented numbers
 //   node dev/server.mjs --cut 20              every stream is cut after 20 s; --mute 15: silent from then on
 import { createReadStream, existsSync, readFileSync } from "node:fs";
 import { createServer } from "node:http";
@@ -13,6 +14,7 @@ import { dirname, extname, join, normalize } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { CSP } from "./headers.mjs";
+import { drawnMetrics } from "./metrics.mjs";
 import { Pipeline } from "./pipeline.mjs";
 
 const here = dirname(fileURLToPath(import.meta.url));
@@ -94,7 +96,7 @@ createServer((request, response) => {
   if (path === "/v1/posts") return reply(response, pipeline.posts(q));
   if (path === "/v1/alerts") return reply(response, { items: pipeline.alerts });
   if (path === "/v1/dead-letters") return reply(response, { items: pipeline.deadLetters });
-  if (path === "/v1/quality") return reply(response, args.metrics ? JSON.parse(readFileSync(args.metrics, "utf8")) : {});
+  if (path === "/v1/quality") return reply(response, args.metrics === "drawn" ? drawnMetrics() : args.metrics ? JSON.parse(readFileSync(args.metrics, "utf8")) : {});
   if (path === "/v1/classify" && request.method === "POST") {
     let body = "";
     request.on("data", (c) => (body += c).length > 1e5 && request.destroy());

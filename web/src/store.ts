@@ -13,8 +13,19 @@ const MAX_TICKERS = 20_000;
 export type Topic = "market" | "sectors" | "tickers" | "posts" | "sources" | "alerts" | "link" | "window" | "snapshot";
 type Listener = () => void;
 
+/** `/?window=1h` is how a link chooses one; else the last choice. */
+function chosenWindow(): WindowName {
+  try {
+    const wanted = (new URLSearchParams(location.search).get("window") ?? localStorage.getItem("cashtag-window")) as WindowName | null;
+    if (wanted && WINDOWS.includes(wanted)) return wanted;
+  } catch {
+    // Storage may be forbidden; the default will do.
+  }
+  return "5m";
+}
+
 class Store {
-  window: WindowName = "5m";
+  window: WindowName = chosenWindow();
   market: Signal | null = null;
   readonly sectors = new Map<string, Signal>();
   readonly tickers = new Map<string, Signal>();
@@ -64,13 +75,6 @@ class Store {
   }
 
   start(): void {
-    try {
-      // `/?window=1h` is how a link chooses one.
-      const saved = (new URLSearchParams(location.search).get("window") ?? localStorage.getItem("cashtag-window")) as WindowName | null;
-      if (saved && WINDOWS.includes(saved)) this.window = saved;
-    } catch {
-      // Storage may be forbidden; the default will do.
-    }
     void this.reload();
     this.stream.open(`/v1/stream?window=${this.window}`);
     window.setInterval(() => !document.hidden && this.refreshOverview(), 10_000);
@@ -82,7 +86,7 @@ class Store {
     try {
       localStorage.setItem("cashtag-window", window);
     } catch {
-      // As above.
+      // Storage may be forbidden.
     }
     this.tickers.clear();
     this.sectors.clear();

@@ -24,13 +24,13 @@ async function visit(server, hash = "#/", options = {}) {
   const opened = await open(options);
   await opened.page.goto(`${server.url}/${hash}`);
   if (args.url && args.key) {
-    await opened.page.getByLabel("Key").fill(args.key);
+    await opened.page.getByRole("textbox", { name: "Key" }).fill(args.key);
     await opened.page.getByRole("button", { name: "Use it" }).click();
   }
   return opened;
 }
 
-const main = args.url ? { url: args.url.replace(/\/$/, ""), stop: () => undefined } : await serve("--speed", "120", "--start", "12:40");
+const main = args.url ? { url: args.url.replace(/\/$/, ""), stop: () => undefined } : await serve("--speed", "120", "--start", "12:40", "--metrics", "drawn");
 
 if (wanted("live")) await test("the overview fills and keeps changing, with no error and no violation of the policy", async () => {
   const { page, problems, close } = await visit(main);
@@ -108,6 +108,18 @@ if (wanted("axe")) await test("axe-core finds nothing, in light, dark and on a p
   }
 });
 
+if (wanted("quality") && !args.url) await test("the model's figures are shown with intervals, by label and by kind", async () => {
+  const { page, close } = await visit(main, "#/quality");
+  await page.waitForSelector(".quality .whisker");
+  const answer = await (await fetch(`${main.url}/v1/quality`)).json();
+  const text = await page.locator(".quality").innerText();
+  for (const expected of [`${(100 * answer.after.accuracy.value).toFixed(1)} %`, `${(100 * answer.before.accuracy.value).toFixed(1)} %`, "sarcastic", "Negative"]) check(text.includes(expected), `${expected} is not shown`);
+  equal(await page.locator(".heat").allInnerTexts(), answer.after.confusion.flat().map(String), "confusion matrix");
+  equal(await page.locator(".bin").count(), answer.after.reliability.filter((b) => b.count > 0).length, "dots of the reliability chart");
+  check(/accuracy|Accuracy/.test(await page.locator(".whisker").first().getAttribute("aria-label")), "a whisker says nothing");
+  await close();
+});
+
 if (wanted("phone")) await test("nothing is wider than a phone of 360 pixels, and targets are large enough", async () => {
   const { page, close } = await visit(main, "#/", { viewport: { width: 360, height: 740 }, isMobile: true, hasTouch: true });
   await ready(page);
@@ -144,6 +156,19 @@ if (wanted("reading")) await test("a list that somebody reads does not move", as
   equal(await page.locator(".feed-list li").first().innerText(), before, "first post while pointing at the list");
   await page.locator(".feed-new").click();
   await page.waitForFunction((b) => document.querySelector(".feed-list li").innerText !== b, before);
+  await close();
+});
+
+if (args.url && wanted("hostile")) await test("hostile posts through the real server are text", async () => {
+  const headers = { "Content-Type": "application/json", ...(args.key ? { Authorization: `Bearer ${args.key}` } : {}) };
+  const marks = ["<script>window.owned=1</script>", "<img src=x onerror=window.owned=1>", "\"><svg onload=window.owned=1>", "<style>*{display:none}</style>", "</article></ol><h1>gone</h1>"];
+  const { page, close } = await visit(main);
+  await ready(page);
+  const body = marks.map((mark, i) => JSON.stringify({ id: `hostile-${Date.now()}-${i}`, author: `h${i}`, text: `hostile ${i} $HLXN ${mark}` })).join("\n");
+  const sent = await fetch(`${main.url}/v1/ingest`, { method: "POST", headers, body });
+  equal([sent.status, (await sent.json()).accepted], [202, marks.length], "ingest");
+  await page.waitForFunction((wanted) => wanted.every((mark) => document.querySelector(".feed-list").textContent.includes(mark)), marks, { timeout: 30_000 });
+  equal(await page.evaluate(() => [window.owned ?? null, document.querySelectorAll("script").length, document.querySelectorAll("style, iframe, main img, .feed svg, main ol h1").length, window.violations.length]), [null, 1, 0, 0], "what ran");
   await close();
 });
 
@@ -218,10 +243,10 @@ if (!args.url) {
   if (wanted("key")) await test("a key is asked for once, a wrong one is refused, and it stays in this tab", async () => {
     const server = await serve("--load", "5", "--tickers", "5", "--key", "secret-1");
     const { page, close } = await visit(server);
-    await page.getByLabel("Key").fill("wrong");
+    await page.getByRole("textbox", { name: "Key" }).fill("wrong");
     await page.getByRole("button", { name: "Use it" }).click();
     await page.waitForFunction(() => document.querySelector("#key-hint").textContent.includes("refused"));
-    await page.getByLabel("Key").fill("secret-1");
+    await page.getByRole("textbox", { name: "Key" }).fill("secret-1");
     await page.keyboard.press("Enter");
     await page.waitForSelector(".tile");
     check(!(await page.locator("dialog").isVisible()), "the question is still there");
@@ -231,7 +256,7 @@ if (!args.url) {
     await page.waitForSelector(".tile");
     await close();
     const other = await visit(server);
-    await other.page.getByLabel("Key").waitFor();
+    await other.page.getByRole("textbox", { name: "Key" }).waitFor();
     await other.close();
     server.stop();
   });

@@ -111,14 +111,15 @@ export class HistoryChart {
     const positive = colour("--positive");
     const negative = colour("--negative");
     const sync = { key: `sync-${charts++}`, setSeries: false };
+    const xScale: uPlot.Scale = { time: true, range: (_, min, max) => this.span(min, max) };
     const x: uPlot.Axis = { stroke: ink, font: AXIS_FONT, grid: { show: false }, ticks: { show: false }, values: timeLabels, size: 24, space: 70 };
     const cursor: uPlot.Cursor = { sync, y: false, points: { show: false }, drag: { x: false, y: false } };
     const line = colour("--ink");
     this.score = new uPlot({
       width, height: this.options.score, legend: { show: false }, cursor, padding: [8, 8, 8, 0],
-      scales: { x: { time: true }, y: { range: [-1, 1] } },
+      scales: { x: xScale, y: { range: () => [-this.limit(), this.limit()] } },
       axes: [{ ...x, show: this.options.volume === 0 },
-        { stroke: ink, font: AXIS_FONT, size: 40, grid, ticks: { show: false }, splits: () => [-1, -0.5, 0, 0.5, 1], values: (_, v) => v.map((n) => signed(n, 1)) }],
+        { stroke: ink, font: AXIS_FONT, size: 40, grid, ticks: { show: false }, splits: () => [-1, -0.5, 0, 0.5, 1].map((share) => share * this.limit()), values: (_, v) => v.map((n) => signed(n, this.limit() < 1 ? 2 : 1)) }],
       bands: [{ series: [1, 3], fill: colour("--band") }],
       series: [{},
         { stroke: "transparent", points: { show: false } },
@@ -126,15 +127,28 @@ export class HistoryChart {
         { stroke: "transparent", points: { show: false } }],
       hooks: { setCursor: [(u) => this.tell(u.cursor.idx ?? null)] },
     }, data.score, this.box);
-    const bars = uPlot.paths.bars!({ size: [0.8, 14], gap: 1 });
+    const bars = uPlot.paths.bars!({ size: [0.8, 22], gap: 1 });
     const bar = (fill: string): uPlot.Series => ({ fill, stroke: fill, width: 0, paths: bars, points: { show: false } });
     this.volume = new uPlot({
-      width, height: this.options.volume, legend: { show: false }, cursor, padding: [4, 8, 0, 0],
-      scales: { x: { time: true }, y: { range: (_, __, max) => [0, Math.max(4, max * 1.1)] } },
+      width, height: this.options.volume, legend: { show: false }, cursor, padding: [10, 8, 0, 0],
+      scales: { x: xScale, y: { range: (_, __, max) => [0, Math.max(4, max * 1.1)] } },
       axes: [x, { stroke: ink, font: AXIS_FONT, size: 40, grid: { show: false }, ticks: { show: false }, space: 30, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 50000] }],
       series: [{}, bar(positive), bar(colour("--neutral")), bar(negative)],
       hooks: { setCursor: [(u) => this.tell(u.cursor.idx ?? null)] },
     }, data.volume, this.box);
+  }
+
+  /** Half a window of room at both ends, so that the first and last bar are whole. */
+  private span(min: number, max: number): [number, number] {
+    const first = this.signals[0];
+    const half = first ? (Date.parse(first.end) - Date.parse(first.start)) / 2000 : 30;
+    return [min - half, Math.max(max, min) + half];
+  }
+
+  /** Half of the scale where all of it would be empty; never anything in between, so that pictures can be compared. */
+  private limit(): number {
+    const far = this.signals.some((s) => Math.abs(finite(s.ci_low) ?? 0) > 0.5 || Math.abs(finite(s.ci_high) ?? 0) > 0.5);
+    return far ? 1 : 0.5;
   }
 
   /** The line under the charts: the window under the pointer, else the newest. */
@@ -179,6 +193,7 @@ function alone(values: ArrayLike<number | null | undefined> | undefined): boolea
 function signStroke(u: uPlot, positive: string, negative: string, fallback: string): CanvasGradient | string {
   const top = u.valToPos(1, "y", true);
   const bottom = u.valToPos(-1, "y", true);
+  // Zero is in the middle whatever half of the scale is shown.
   if (!Number.isFinite(top) || !Number.isFinite(bottom)) return fallback;
   const gradient = u.ctx.createLinearGradient(0, top, 0, bottom);
   gradient.addColorStop(0, positive);

@@ -95,8 +95,8 @@ function sectors(scope: Scope): HTMLElement {
     const note = h("span", { class: "tile-note" });
     const trend = h("span", { class: "tile-trend" });
     const node = h("li", null, h("a", { class: "tile", href: `#/sector/${encodeURIComponent(s.key)}` },
-      h("span", { class: "tile-name" }, words(s.name ?? s.key)), small.node,
-      h("span", { class: "tile-score" }, number.node, trend), line.node, note));
+      h("span", { class: "tile-name" }, words(s.name ?? s.key)), trend,
+      h("span", { class: "tile-score" }, number.node), small.node, line.node, note));
     return {
       node,
       update(next) {
@@ -107,7 +107,7 @@ function sectors(scope: Scope): HTMLElement {
         setAttr(trend, "title", next.trend);
         const current = store.isCurrent(next);
         setAttr(node, "data-old", current ? null : "");
-        setText(note, !current ? `quiet since ${hourMinute(next.end)}` : `${posts(next.mentions)}${finite(next.attention) === null ? "" : ` · attention ${times(next.attention)}`}`);
+        setText(note, !current ? `quiet since ${hourMinute(next.end)}` : `${posts(next.mentions)}${finite(next.attention) === null ? "" : `, ${times(next.attention)} usual`}`);
       },
     };
   };
