@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
 use cashtag_backend::dry::Product;
+use cashtag_backend::dynamic_map::{SIGNED, UNSIGNED};
 use cashtag_backend::{Dtype, Error, RawWeight, Result, WeightSource};
 use cudarc::driver::result;
 
 use crate::driver::{Argument, Launch};
-use crate::dynamic_map::DYNAMIC_MAP;
 use crate::kernels::{Family, Variant};
 use crate::linear::part;
 use crate::memory::{Block, CudaBuffer, Staging, View};
@@ -358,14 +358,16 @@ impl Core {
         Ok(Absmax::Double { codes, nested, offsets, map })
     }
 
-    fn dynamic_map(&self) -> Result<Arc<Block>> {
+    /// The signed dynamic map, and the unsigned one behind it.
+    pub(crate) fn dynamic_map(&self) -> Result<Arc<Block>> {
         let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(map) = map.as_ref() {
             return Ok(Arc::clone(map));
         }
-        let block = self.allocator.block(DYNAMIC_MAP.len() * 4)?;
-        self.transfers.upload(block.ptr(), DYNAMIC_MAP.len() * 4, |start, part| {
-            for (b, v) in part.chunks_exact_mut(4).zip(&DYNAMIC_MAP[start / 4..]) {
+        let maps = [SIGNED, UNSIGNED].concat();
+        let block = self.allocator.block(maps.len() * 4)?;
+        self.transfers.upload(block.ptr(), maps.len() * 4, |start, part| {
+            for (b, v) in part.chunks_exact_mut(4).zip(&maps[start / 4..]) {
                 b.copy_from_slice(&v.to_le_bytes());
             }
         })?;
@@ -467,7 +469,7 @@ impl Core {
                 let (nested, offsets) =
                     (floats(read(nested, nested.bytes())?), floats(read(offsets, offsets.bytes())?));
                 let value = |(i, &code): (usize, &u8)| {
-                    DYNAMIC_MAP[code as usize] * nested[i / NESTED_BLOCK] + offsets[i / NESTED_BLOCK]
+                    SIGNED[code as usize] * nested[i / NESTED_BLOCK] + offsets[i / NESTED_BLOCK]
                 };
                 read(codes, blocks)?.iter().enumerate().map(value).collect()
             }

@@ -11,7 +11,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::{
-    AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, Mat, MatMut, Result, Rope,
+    AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, Mat, MatMut, Moments8, Result, Rope,
     WeightSource,
 };
 
@@ -185,7 +185,8 @@ impl Backend for DryBackend {
 
     fn capabilities(&self) -> Capabilities {
         let description = "counts and computes nothing".into();
-        Capabilities { device: "none".into(), description, memory_total: None, memory_free: None }
+        let device = "none".into();
+        Capabilities { device, description, memory_total: None, memory_free: None, nominal_rate: 0.0 }
     }
 
     fn compute_dtype(&self) -> Dtype {
@@ -221,6 +222,11 @@ impl Backend for DryBackend {
 
     fn download(&self, _: &DryBuffer, _: usize, out: &mut [f32]) -> Result<()> {
         out.fill(0.0);
+        Ok(())
+    }
+
+    fn download_u32(&self, _: &DryBuffer, out: &mut [u32]) -> Result<()> {
+        out.fill(0);
         Ok(())
     }
 
@@ -436,6 +442,53 @@ impl Backend for DryBackend {
             buffer.touch(gradient.len);
         }
         Ok(())
+    }
+
+    fn adamw_8bit(
+        &self,
+        _: AdamW,
+        parameter: &mut DryBuffer,
+        gradient: &DryBuffer,
+        moments: Moments8<'_, DryBuffer>,
+        compute: &mut DryBuffer,
+    ) -> Result<()> {
+        parameter.touch(gradient.len);
+        compute.touch(gradient.len);
+        for buffer in [moments.m, moments.v, moments.absmax, moments.m32, moments.v32] {
+            buffer.touch(buffer.len);
+        }
+        Ok(())
+    }
+
+    fn has_dora(&self) -> bool {
+        true
+    }
+
+    fn scale_columns(&self, _: &DryBuffer, _: usize, _: MatMut<'_, DryBuffer>) -> Result<()> {
+        Ok(())
+    }
+
+    fn column_dots(
+        &self,
+        a: Mat<'_, DryBuffer>,
+        _: Mat<'_, DryBuffer>,
+        _: &DryBuffer,
+        offset: usize,
+        out: &mut DryBuffer,
+    ) -> Result<()> {
+        out.touch(offset + a.cols);
+        Ok(())
+    }
+
+    fn adapted_row_norms(
+        &self,
+        _: &DryWeight,
+        _: usize,
+        _: f32,
+        _: Mat<'_, DryBuffer>,
+        b: Mat<'_, DryBuffer>,
+    ) -> Result<Vec<f32>> {
+        Ok(vec![1.0; b.rows])
     }
 }
 

@@ -46,9 +46,10 @@ impl Job for Run<'_> {
         let Run { settings: s, reading, opened } = self;
         let Opened { checkpoint, format, .. } = &opened;
         let labels = format.label_names();
-        let inputs = Inputs::load(s, reading, &opened)?;
+        let device = backend.capabilities();
+        let inputs = Inputs::load(s, reading, &opened, &device)?;
+        let device = device.description;
         let (run_dir, held_out) = (&inputs.run_dir, &inputs.held_out);
-        let device = backend.capabilities().description;
         inputs.announce(&opened, &device);
         let parts = Parts { train: &inputs.train, validation: &inputs.validation, held_out };
         let forecast = Forecast::new(&backend, s, &opened, parts)?;

@@ -38,8 +38,9 @@ impl Job for Train<'_> {
 
     fn run<B: Backend>(self, backend: B) -> anyhow::Result<()> {
         let Train { settings: s, reading, opened } = self;
-        let inputs = Inputs::load(s, reading, &opened)?;
-        inputs.announce(&opened, &backend.capabilities().description);
+        let device = backend.capabilities();
+        let inputs = Inputs::load(s, reading, &opened, &device)?;
+        inputs.announce(&opened, &device.description);
         let parts = Parts { train: &inputs.train, validation: &inputs.validation, held_out: &[] };
         let forecast = Forecast::new(&backend, s, &opened, parts)?;
         let model = engine::load(&backend, &opened.checkpoint)?;

@@ -114,6 +114,7 @@ fn open_checkpoint(path: &Path) -> anyhow::Result<Checkpoint> {
 fn random_checkpoint(settings: &Settings, shape: &str) -> anyhow::Result<Checkpoint> {
     let config = match LlamaConfig::preset(shape) {
         Some(config) => config,
+        None if Path::new(shape).is_file() => cashtag_llama::hf::read_config(Path::new(shape))?,
         None => bail!(exit::Usage(format!(
             "--random-weights {shape} is no known shape\n  hint: {}",
             LlamaConfig::PRESETS.join(", ")
@@ -243,7 +244,8 @@ pub(crate) fn load_lora<B: Backend>(
     adapter: Option<&Adapter>,
 ) -> anyhow::Result<Option<Lora<B>>> {
     let Some(adapter) = adapter else { return Ok(None) };
-    let lora = Lora::new(backend, adapter.lora.clone(), model.config(), &adapter.tensors, false)?;
+    let mut lora = Lora::new(backend, adapter.lora.clone(), model.config(), &adapter.tensors, false)?;
+    model.prepare(backend, &mut lora)?;
     output::detail(format!("adapter: r {}, {} parameters", adapter.lora.r, lora.parameters()));
     Ok(Some(lora))
 }

@@ -175,7 +175,7 @@ impl Forecast {
 pub(crate) fn plan(s: &Settings, opened: &Opened, parts: Parts<'_>, rules: DryRules) -> anyhow::Result<Plan> {
     let Opened { checkpoint, format, adapter } = opened;
     let backend = DryBackend::new(rules);
-    let arguments = training::arguments(s)?;
+    let arguments = training::arguments(s);
     let budget = s.training.max_tokens_per_batch;
     let mut phases = Vec::new();
     let mut done = |name: &'static str| phases.push((name, backend.memory().1));
@@ -210,6 +210,7 @@ pub(crate) fn plan(s: &Settings, opened: &Opened, parts: Parts<'_>, rules: DryRu
     backend.label("activations");
     let purpose = Purpose::Training(trainer.checkpointing);
     let mut ws = model.workspace(&backend, trainer.capacity(), purpose, Some(&trainer.lora))?;
+    model.prepare(&backend, &mut trainer.lora)?;
     backend.label("head block");
     let counts = steps(&backend, &model, &mut trainer, &mut ws)?;
     let evaluations = counts.evaluations;
@@ -284,6 +285,7 @@ fn trainer<'a>(
         classifier: None,
         fingerprint: String::new(),
         resume: false,
+        loss_scale: None,
     })
 }
 
@@ -331,7 +333,8 @@ fn steps(
             counts.largest = counts.largest.max(batch.rows());
             // Another batch of the same sizes asks for nothing new.
             if shapes.insert((batch.rows(), batch.label_rows.len())) {
-                let pass = TrainPass { random: Some((a.seed, 0)), label_smoothing: 0.0, loss_scale: 1.0 };
+                let pass =
+                    TrainPass { random: Some((a.seed, 0)), label_smoothing: 0.0, loss_scale: 1.0, neftune_alpha: 0.0 };
                 model.forward_backward(backend, &batch, &mut trainer.lora, pass, ws)?;
             }
         }

@@ -5,7 +5,10 @@ mod config;
 mod context;
 mod export;
 mod generation;
+mod killed;
+mod labels;
 mod model_commands;
 mod pull;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
 mod server;
+mod tiny;
