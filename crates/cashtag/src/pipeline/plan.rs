@@ -63,6 +63,7 @@ impl Plan {
             self.memory.iter().filter(|(_, b)| *b > 0).map(|(name, b)| (name.to_string(), (*b).into())).collect();
         json!({
             "device_bytes": self.device_bytes(),
+            "phases": self.phases.iter().map(|(name, bytes)| json!({"until": name, "peak_bytes": bytes})).collect::<Vec<_>>(),
             "memory": memory,
             "program_bytes": process.program,
             "model_file_bytes": process.model_file,
