@@ -78,7 +78,7 @@ pub(crate) fn follow_base_model(settings: &mut Settings, named: bool) {
 }
 
 /// The adapter's own directory, also if the directory of its run was named.
-fn adapter_directory(dir: &Path) -> PathBuf {
+pub(crate) fn adapter_directory(dir: &Path) -> PathBuf {
     let inner = dir.join("adapter");
     if !dir.join(CONFIG_FILE).exists() && inner.join(CONFIG_FILE).exists() { inner } else { dir.to_owned() }
 }

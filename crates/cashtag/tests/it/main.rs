@@ -7,5 +7,6 @@ mod export;
 mod generation;
 mod model_commands;
 mod pull;
+mod serve;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
 mod server;
