@@ -290,7 +290,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         watched.ended().await;
         shutdown.begin();
     });
-    let is_drained = runtime.block_on(server.run(service.router(), cashtag_http::signals()));
+    let is_drained = runtime.block_on(server.run(service.router(), asked_to_stop()));
     engine.stop();
     let outcome = computing.join();
     log.info("ended", &[("drained", is_drained.into())]);
@@ -299,6 +299,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     match outcome {
         Ok(outcome) => outcome,
         Err(_) => bail!("the engine stopped on a bug, which was reported above"),
+    }
+}
+
+/// Waits for the first Ctrl-C or SIGTERM, for which the whole program listens.
+async fn asked_to_stop() {
+    while !exit::stop_requested() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
