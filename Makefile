@@ -3,6 +3,8 @@
 #   make run     builds and does the main job with the small model: data, fine-tune, judge before and after, report
 #   make test    builds, fetches the small model (98 MB, once) and runs all tests
 #
+# and a third to look at: make demo replays a day of posts through the live pipeline, with its page.
+#
 # Needed: a Rust toolchain (with a C compiler to link), Python 3 with pip, make. Everything else is fetched here: crates by
 # cargo, the model and NVIDIA's kernel compiler by pip. No GPU, no CUDA toolkit, nothing to configure.
 
@@ -24,11 +26,12 @@ ARGS ?=
 NVRTC := nvidia-cuda-nvrtc==13.0.88
 NVRTC_FOLDER := $(abspath $(BUILD))/nvrtc
 
-.PHONY: help toolchain build model nvrtc run test check format lint bench reference
+.PHONY: help toolchain web web-tools build model nvrtc run demo test check format lint bench reference
 
 help:
 	@echo 'make run      build, then fine-tune the small model and judge it (ARGS="..." for flags of cashtag run)'
 	@echo 'make test     build, fetch the small model, run all tests'
+	@echo 'make demo     replay a day of posts into the live page (ARGS="..." for flags of cashtag live)'
 	@echo 'make check    format, lints, all tests: the cheapest first'
 	@echo 'make build    build $(CASHTAG)'
 	@echo 'make bench    measure how fast this machine trains and classifies'
@@ -37,7 +40,15 @@ toolchain:
 	@command -v $(CARGO) >/dev/null || { echo 'error: there is no cargo'; echo 'hint: https://rustup.rs installs the Rust toolchain'; exit 1; } >&2
 	@command -v cc >/dev/null || { echo 'error: there is no C compiler to link with'; echo 'hint: Debian, Ubuntu: apt install gcc'; exit 1; } >&2
 
-build: toolchain
+# The page of `cashtag live`. Without the registries of npm and pip it says so, and the binary is built without it.
+web:
+	web/build.sh
+
+# With the type check and the unit tests of the page.
+web-tools:
+	web/build.sh --tools
+
+build: toolchain web
 	$(CARGO) build --release --locked
 
 model: build
@@ -45,6 +56,9 @@ model: build
 
 run: build
 	$(CASHTAG) run $(ARGS)
+
+demo: build
+	$(CASHTAG) live --demo $(ARGS)
 
 # Without it one test says that it skips; so a machine on which pip cannot have it is no reason to stop.
 nvrtc:
@@ -55,7 +69,7 @@ nvrtc:
 
 # One build: tests are built with --release too. What a machine cannot test says so in a line "skipped: why"; the lines are
 # listed at the end.
-test: model nvrtc
+test: web-tools model nvrtc
 	@$(CASHTAG) doctor
 	set -o pipefail; export CASHTAG_CUDA_LIBS=$(NVRTC_FOLDER)/nvidia/cu13/lib; \
 	$(CARGO) test --release --locked --workspace --no-fail-fast -- --show-output 2>&1 | tee $(BUILD)/test.log

@@ -36,6 +36,11 @@ export function count(value: number | null | undefined): string {
   return v === null ? MISSING : grouped.format(v);
 }
 
+/** "1 post", "12 posts". */
+export function posts(value: number | null | undefined): string {
+  return `${count(value)} ${value === 1 ? "post" : "posts"}`;
+}
+
 export function times(value: number | null | undefined): string {
   const v = finite(value);
   return v === null ? MISSING : `${v < 10 ? v.toFixed(1) : v.toFixed(0)}×`;
@@ -101,7 +106,7 @@ export const WINDOW_WORDS: Record<string, string> = { "1m": "1 minute", "5m": "5
 export function scoreSentence(s: {
   sentiment_score: number | null; ci_low: number | null; ci_high: number | null; mentions: number;
 }): string {
-  if (finite(s.sentiment_score) === null) return `no score: only ${count(s.mentions)} posts`;
+  if (finite(s.sentiment_score) === null) return `no score: only ${posts(s.mentions)}`;
   const interval = finite(s.ci_low) === null ? "" : `, 95 % interval ${signed(s.ci_low)} to ${signed(s.ci_high)}`;
-  return `score ${signed(s.sentiment_score)}${interval}, from ${count(s.mentions)} posts`;
+  return `score ${signed(s.sentiment_score)}${interval}, from ${posts(s.mentions)}`;
 }

@@ -1,6 +1,7 @@
 // What the page knows, and who wants to hear of it. Events are applied here at any rate; views subscribe to topics and
 // draw in frames. Nothing grows without a bound.
 import { api } from "./api.ts";
+import { time } from "./format.ts";
 import { throttled } from "./frames.ts";
 import { Stream, type LinkState } from "./stream.ts";
 import { WINDOWS, type Alert, type Model, type Overview, type Post, type Signal, type Source, type WindowName } from "./types.ts";
@@ -64,7 +65,8 @@ class Store {
 
   start(): void {
     try {
-      const saved = localStorage.getItem("cashtag-window") as WindowName | null;
+      // `/?window=1h` is how a link chooses one.
+      const saved = (new URLSearchParams(location.search).get("window") ?? localStorage.getItem("cashtag-window")) as WindowName | null;
       if (saved && WINDOWS.includes(saved)) this.window = saved;
     } catch {
       // Storage may be forbidden; the default will do.
@@ -149,6 +151,14 @@ class Store {
     this.model = o.model ?? null;
     this.deadLetters = o.dead_letters ?? 0;
     this.clock(o.as_of);
+  }
+
+  /** Whether a window is the newest or the one before: an older one says what was, not what is. */
+  isCurrent(s: Signal): boolean {
+    const now = time(this.asOf);
+    const start = time(s.start);
+    const end = time(s.end);
+    return now === null || start === null || end === null || now < end + (end - start);
   }
 
   private clock(iso: string | null | undefined): void {

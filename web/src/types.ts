@@ -56,6 +56,7 @@ export interface Post {
   weight: number;
   is_copy_of: string | null;
   damped: boolean;
+  too_late?: boolean;
   model: string;
   adapter: string | null;
 }

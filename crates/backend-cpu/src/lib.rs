@@ -5,8 +5,10 @@
 //! which is also the parity mode. Work is shared over a rayon pool of the backend's own, so
 //! that a number of threads can be asked for and a result repeats bit for bit with it.
 
+mod adamw8;
 mod attention;
 mod buffer;
+mod dora;
 mod gemm;
 mod linear;
 mod loss;
@@ -15,9 +17,10 @@ mod simd;
 
 use std::sync::Arc;
 
+use cashtag_backend::dry::DryRules;
 use cashtag_backend::{
-    AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, Error, Mat, MatMut, Result, Rope,
-    WeightSource,
+    AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, Error, Mat, MatMut, Moments8, Result,
+    Rope, WeightSource,
 };
 
 pub use buffer::CpuBuffer;
@@ -70,6 +73,17 @@ impl CpuBackend {
         self.precision
     }
 
+    /// What this device holds of its own accord, for `cashtag plan`.
+    pub fn dry_rules(precision: Precision) -> DryRules {
+        let bf16 = precision == Precision::Bf16;
+        DryRules {
+            compute: if bf16 { Dtype::Bf16 } else { Dtype::F32 },
+            weight: Box::new(move |out, inner, _| linear::weight_bytes(bf16, out, inner)),
+            scratch: Box::new(move |product| linear::scratch_bytes(bf16, product)),
+            lazy: true,
+        }
+    }
+
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
     }
@@ -108,17 +122,19 @@ impl Backend for CpuBackend {
 
     fn capabilities(&self) -> Capabilities {
         let (total, free) = memory_of_the_machine();
-        let instructions = match (self.precision, simd::isa()) {
-            (Precision::Bf16, Isa::Avx512) => "bf16 by AVX512-BF16",
-            (Precision::Bf16, Isa::Avx2) => "bf16 by AVX2",
-            (Precision::Bf16, Isa::Plain) => "bf16 by scalar code (slow: this processor has no AVX2)",
-            (Precision::F32, _) => "f32",
+        let (instructions, rate) = match (self.precision, simd::isa()) {
+            (Precision::Bf16, Isa::Avx512) => ("bf16 by AVX512-BF16", 125.0),
+            (Precision::Bf16, Isa::Avx2) => ("bf16 by AVX2", 60.0),
+            (Precision::Bf16, Isa::Plain) => ("bf16 by scalar code (slow: this processor has no AVX2)", 2.0),
+            (Precision::F32, Isa::Avx512 | Isa::Avx2) => ("f32", 45.0),
+            (Precision::F32, Isa::Plain) => ("f32", 10.0),
         };
         Capabilities {
             device: "cpu".into(),
             description: format!("{}, {} threads, {instructions}", processor_name(), self.threads()),
             memory_total: total,
             memory_free: free,
+            nominal_rate: rate * self.threads() as f64,
         }
     }
 
@@ -166,6 +182,11 @@ impl Backend for CpuBackend {
             Data::Bf16(d) => out.iter_mut().zip(&d[offset..offset + n]).for_each(|(o, x)| *o = x.to_f32()),
             Data::U32(_) => panic!("a uint32 buffer has no floats to download"),
         }
+        Ok(())
+    }
+
+    fn download_u32(&self, buffer: &CpuBuffer, out: &mut [u32]) -> Result<()> {
+        out.copy_from_slice(&buffer.u32s()[..out.len()]);
         Ok(())
     }
 
@@ -445,6 +466,63 @@ impl Backend for CpuBackend {
             Data::U32(_) => panic!("the compute copy holds floats"),
         });
         Ok(())
+    }
+
+    fn adamw_8bit(
+        &self,
+        hyper: AdamW,
+        parameter: &mut CpuBuffer,
+        gradient: &CpuBuffer,
+        moments: Moments8<'_, CpuBuffer>,
+        compute: &mut CpuBuffer,
+    ) -> Result<()> {
+        let (p, g) = (parameter.f32s_mut(), gradient.f32s());
+        let moments = adamw8::States::new(moments, p.len());
+        self.pool.install(|| match &mut compute.data {
+            Data::F32(c) => adamw8::step(hyper, p, g, moments, c),
+            Data::Bf16(c) => adamw8::step(hyper, p, g, moments, c),
+            Data::U32(_) => panic!("the compute copy holds floats"),
+        });
+        Ok(())
+    }
+
+    fn has_dora(&self) -> bool {
+        true
+    }
+
+    fn scale_columns(&self, scale: &CpuBuffer, offset: usize, x: MatMut<'_, CpuBuffer>) -> Result<()> {
+        let scale = &scale.f32s()[offset..offset + x.cols];
+        self.pool.install(|| typed!(AnyViewMut, view_mut(x), x => dora::scale_columns(scale, x)));
+        Ok(())
+    }
+
+    fn column_dots(
+        &self,
+        a: Mat<'_, CpuBuffer>,
+        b: Mat<'_, CpuBuffer>,
+        scale: &CpuBuffer,
+        offset: usize,
+        out: &mut CpuBuffer,
+    ) -> Result<()> {
+        let part = offset..offset + a.cols;
+        let (scale, out) = (&scale.f32s()[part.clone()], &mut out.f32s_mut()[part]);
+        self.pool.install(
+            || typed!(AnyView, view(a), a => typed!(AnyView, view(b), b => dora::column_dots(a, b, scale, out))),
+        );
+        Ok(())
+    }
+
+    fn adapted_row_norms(
+        &self,
+        w: &CpuWeight,
+        first: usize,
+        scale: f32,
+        a: Mat<'_, CpuBuffer>,
+        b: Mat<'_, CpuBuffer>,
+    ) -> Result<Vec<f32>> {
+        Ok(self.pool.install(
+            || typed!(AnyView, view(a), a => typed!(AnyView, view(b), b => dora::adapted_row_norms(w, first, scale, a, b))),
+        ))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use cashtag_backend::dry::Product;
 use cashtag_backend::{Error, Result, WeightSource};
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -51,6 +52,39 @@ impl Scratch {
         self.words.lock().unwrap_or_else(|e| e.into_inner()).push(words);
         result
     }
+}
+
+/// Words of panels for a `[k, n]`.
+fn panel_words(k: usize, n: usize) -> usize {
+    n.next_multiple_of(NR) * k.div_ceil(2)
+}
+
+/// Bytes that a frozen `[out, inner]` takes.
+pub(crate) fn weight_bytes(bf16: bool, out: usize, inner: usize) -> u64 {
+    4 * if bf16 { panel_words(inner, out) } else { out * inner } as u64
+}
+
+/// Bytes that stay in the packing buffers after a product of bf16 operands.
+pub(crate) fn scratch_bytes(bf16: bool, product: Product) -> u64 {
+    if !bf16 {
+        return 0;
+    }
+    let words = match product {
+        Product::Linear { rows, inner, .. } => odd_words(rows, inner),
+        // The transposed panels of a part of W; all of dy has its width.
+        Product::LinearBackward { rows, out, inner } => {
+            let part = out.min(BACKWARD_ROWS);
+            panel_words(part, inner) + odd_words(rows, part)
+        }
+        Product::Matmul { m, n, k, transposed_a: false } => panel_words(k, n) + odd_words(m, k),
+        Product::Matmul { m, n, k, transposed_a: true } => panel_words(k, n) + k.div_ceil(2) * m,
+    };
+    4 * words as u64
+}
+
+/// Words of the copy that is made of a matrix with an odd number of columns.
+fn odd_words(rows: usize, cols: usize) -> usize {
+    if cols.is_multiple_of(2) { 0 } else { rows * cols.div_ceil(2) }
 }
 
 /// Rows that are dequantised at a time while a weight is loaded.

@@ -59,7 +59,7 @@ impl Drop for Plan {
 }
 
 /// Workspace offered to cuBLASLt: what it recommends for Hopper.
-const WORKSPACE: usize = 32 << 20;
+pub(crate) const WORKSPACE: usize = 32 << 20;
 
 /// Plans kept before all are dropped: packed batches differ in their rows, so new geometries never end.
 const MAX_PLANS: usize = 8192;

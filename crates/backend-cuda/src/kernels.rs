@@ -21,6 +21,7 @@ use crate::libraries::{self, describe};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Family {
     Adamw,
+    Adamw8,
     Attention,
     AttentionAny,
     Dropout,
@@ -44,8 +45,9 @@ const HEADERS: [(&CStr, &str); 5] = [
 
 impl Family {
     #[cfg(test)]
-    pub(crate) const ALL: [Family; 12] = [
+    pub(crate) const ALL: [Family; 13] = [
         Family::Adamw,
+        Family::Adamw8,
         Family::Attention,
         Family::AttentionAny,
         Family::Dropout,
@@ -62,6 +64,7 @@ impl Family {
     fn source(self) -> (&'static str, &'static str) {
         match self {
             Family::Adamw => ("adamw.cu", include_str!("../kernels/adamw.cu")),
+            Family::Adamw8 => ("adamw8.cu", include_str!("../kernels/adamw8.cu")),
             Family::Attention => ("attention.cu", include_str!("../kernels/attention.cu")),
             Family::AttentionAny => ("attention_any.cu", include_str!("../kernels/attention_any.cu")),
             Family::Dropout => ("dropout.cu", include_str!("../kernels/dropout.cu")),

@@ -13,7 +13,6 @@
 
 mod attention;
 mod driver;
-mod dynamic_map;
 mod fused;
 mod gemm;
 mod graph;
@@ -31,8 +30,9 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
+use cashtag_backend::dry::DryRules;
 use cashtag_backend::{
-    AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, Mat, MatMut, Result, Rope,
+    AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, Mat, MatMut, Moments8, Result, Rope,
     WeightSource,
 };
 use half::{bf16, f16};
@@ -166,6 +166,18 @@ impl CudaBackend {
         })
     }
 
+    /// What a card with `free` bytes of free memory holds of its own accord, for `cashtag plan`; the card need not be here.
+    pub fn dry_rules(options: &Options, free: u64) -> DryRules {
+        let budget = weights::Budget::new(options, (free as f64 * WIDE_SHARE) as u64);
+        let (weight, scratch) = (Arc::clone(&budget), budget);
+        DryRules {
+            compute: options.compute,
+            weight: Box::new(move |out, inner, embedding| weight.hold(out, inner, embedding)),
+            scratch: Box::new(move |product| scratch.scratch(product)),
+            lazy: false,
+        }
+    }
+
     pub fn options(&self) -> &Options {
         &self.core.options
     }
@@ -224,6 +236,7 @@ impl Backend for CudaBackend {
             ),
             memory_total: memory.map(|m| m.1),
             memory_free: memory.map(|m| m.0),
+            nominal_rate: f64::from(device.facts.multiprocessors) * 400.0,
         }
     }
 
@@ -299,6 +312,13 @@ impl Backend for CudaBackend {
                 }
                 Dtype::U32 => panic!("a uint32 buffer has no floats to download"),
             }
+        })
+    }
+
+    fn download_u32(&self, buffer: &CudaBuffer, out: &mut [u32]) -> Result<()> {
+        let from = u32s(buffer, out.len(), "the source of download_u32");
+        self.core.transfers.download(from, out.len() * 4, |start, part| {
+            part.as_chunks::<4>().0.iter().zip(&mut out[start / 4..]).for_each(|(&b, o)| *o = u32::from_le_bytes(b));
         })
     }
 
@@ -501,5 +521,16 @@ impl Backend for CudaBackend {
         compute: &mut CudaBuffer,
     ) -> Result<()> {
         self.core.adamw(hyper, parameter, gradient, m, v, compute)
+    }
+
+    fn adamw_8bit(
+        &self,
+        hyper: AdamW,
+        parameter: &mut CudaBuffer,
+        gradient: &CudaBuffer,
+        moments: Moments8<'_, CudaBuffer>,
+        compute: &mut CudaBuffer,
+    ) -> Result<()> {
+        self.core.adamw_8bit(hyper, parameter, gradient, &moments, compute)
     }
 }

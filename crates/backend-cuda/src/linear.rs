@@ -14,6 +14,14 @@ use crate::weights::{CudaWeight, Data, Nf4};
 /// Dequantised values held at a time for a product with an NF4 weight.
 const WORKSPACE: usize = 192 << 20;
 
+/// How many of `total` lines of `other` elements fit in the workspace (all, or equal parts), and the bytes of so many.
+pub(crate) fn part(total: usize, other: usize, compute: Dtype) -> (usize, usize) {
+    let line = other * compute.size();
+    let parts = (total * line).div_ceil(WORKSPACE).max(1);
+    let size = total.div_ceil(parts).next_multiple_of(128).min(total).max(1);
+    (size, size * line)
+}
+
 impl Core {
     /// Calls `use_part` with (first row, the dequantised rows from there on) of an NF4 weight. Rows are `inner + room` apart.
     fn dequantized_rows(
@@ -55,12 +63,8 @@ impl Core {
         })
     }
 
-    /// How many of `total` lines of `other` elements fit in the workspace (all, or equal parts), and the bytes of so many.
     fn part(&self, total: usize, other: usize) -> (usize, usize) {
-        let line = other * self.compute.size();
-        let parts = (total * line).div_ceil(WORKSPACE).max(1);
-        let size = total.div_ceil(parts).next_multiple_of(128).min(total).max(1);
-        (size, size * line)
+        part(total, other, self.compute)
     }
 
     pub(crate) fn linear(&self, x: View, w: &CudaWeight, accumulate: bool, y: View) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Launches of the element-wise kernels, norms, RoPE, SwiGLU, loss and optimizer: the host picks the width and the grid.
 
-use cashtag_backend::{AdamW, Dropout, Dtype, Result};
+use cashtag_backend::{AdamW, Dropout, Dtype, Moments8, Result};
 
 use crate::Core;
 use crate::driver::Launch;
@@ -466,5 +466,41 @@ impl Core {
             .arg(h.epsilon);
         // SAFETY: all buffers have `len` elements (asserted).
         unsafe { launch.go((len.div_ceil(8 * 256) as u32, 1, 1), 256, 0) }
+    }
+
+    pub(crate) fn adamw_8bit(
+        &self,
+        h: AdamW,
+        parameter: &CudaBuffer,
+        gradient: &CudaBuffer,
+        moments: &Moments8<'_, CudaBuffer>,
+        compute: &CudaBuffer,
+    ) -> Result<()> {
+        let (len, blocks) = (parameter.len, moments.blocks);
+        assert!(gradient.len == len && compute.len == len, "lengths differ");
+        assert_eq!(compute.dtype, self.compute, "the compute copy has the compute dtype");
+        let map = self.dynamic_map()?;
+        let launch = self
+            .launch(Variant::of(Family::Adamw8, self.compute), "adamw_8bit")?
+            .arg(f32s(parameter, len, "parameter"))
+            .arg(f32s(gradient, len, "gradient"))
+            .arg(u32s(moments.table, 3 * blocks, "table"))
+            .arg(u32s(moments.m, len.div_ceil(4), "m"))
+            .arg(u32s(moments.v, len.div_ceil(4), "v"))
+            .arg(f32s(moments.absmax, 2 * blocks, "absmax"))
+            .arg(f32s(moments.m32, 1, "m32"))
+            .arg(f32s(moments.v32, 1, "v32"))
+            .arg(compute.ptr())
+            .arg(map.ptr())
+            .arg(blocks as u32)
+            .arg(h.gradient_scale)
+            .arg(h.beta1)
+            .arg(h.beta2)
+            .arg(1.0 - h.learning_rate * h.weight_decay)
+            .arg(h.learning_rate / (1.0 - h.beta1.powi(h.step as i32)))
+            .arg(1.0 / (1.0 - h.beta2.powi(h.step as i32)).sqrt())
+            .arg(h.epsilon);
+        // SAFETY: the table covers `len` elements in blocks of at most 256 (the caller's contract); the buffers have room (asserted).
+        unsafe { launch.go((blocks as u32, 1, 1), 256, 0) }
     }
 }

@@ -8,18 +8,20 @@
 //! Whether a weight stays as NF4 or as the dequantised values changes speed and memory, not a bit of any result: both ways the values
 //! that are multiplied are level · absmax rounded to the compute dtype.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
+use cashtag_backend::dry::Product;
+use cashtag_backend::dynamic_map::{SIGNED, UNSIGNED};
 use cashtag_backend::{Dtype, Error, RawWeight, Result, WeightSource};
 use cudarc::driver::result;
 
 use crate::driver::{Argument, Launch};
-use crate::dynamic_map::DYNAMIC_MAP;
 use crate::kernels::{Family, Variant};
+use crate::linear::part;
 use crate::memory::{Block, CudaBuffer, Staging, View};
 use crate::rows::Walk;
-use crate::{Core, Resident};
+use crate::{Core, Options, Resident};
 
 /// Elements that share one absmax.
 const BLOCK: usize = 64;
@@ -104,6 +106,55 @@ impl CudaWeight {
                     }
             }
         }
+    }
+}
+
+/// What weights take on a card that is not there: the choices of [`Core::load`] without the loading. Sources are taken to be no NF4
+/// already.
+pub(crate) struct Budget {
+    options: Options,
+    wide: u64,
+    held: AtomicU64,
+    any_nf4: AtomicBool,
+}
+
+impl Budget {
+    pub(crate) fn new(options: &Options, wide: u64) -> Arc<Self> {
+        let (held, any_nf4) = (AtomicU64::new(0), AtomicBool::new(false));
+        Arc::new(Self { options: options.clone(), wide, held, any_nf4 })
+    }
+
+    /// Bytes of the next weight.
+    pub(crate) fn hold(&self, out: usize, inner: usize, embedding: bool) -> u64 {
+        let total = out * inner;
+        let wide = (total * self.options.compute.size()) as u64;
+        let stays_wide = match self.options.resident {
+            Resident::Nf4 => false,
+            Resident::Bf16 => true,
+            Resident::Auto => self.held.load(Ordering::Relaxed) + wide <= self.wide,
+        };
+        let bytes = if self.options.quantize && !embedding && !stays_wide {
+            self.any_nf4.store(true, Ordering::Relaxed);
+            let blocks = total.div_ceil(BLOCK);
+            let absmax =
+                if self.options.double_quant { blocks + 4 * blocks.div_ceil(NESTED_BLOCK) } else { 4 * blocks };
+            (total.div_ceil(2).next_multiple_of(16) + absmax) as u64
+        } else {
+            wide
+        };
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+        bytes
+    }
+
+    /// The products' own workspace, and the dequantised part of a weight.
+    pub(crate) fn scratch(&self, product: Product) -> u64 {
+        let nf4 = self.any_nf4.load(Ordering::Relaxed);
+        let part = match product {
+            Product::Linear { out, inner, .. } if nf4 => part(out, inner, self.options.compute).1,
+            Product::LinearBackward { out, inner, .. } if nf4 => part(inner, out, self.options.compute).1,
+            _ => 0,
+        };
+        (crate::gemm::WORKSPACE + part) as u64
     }
 }
 
@@ -307,14 +358,16 @@ impl Core {
         Ok(Absmax::Double { codes, nested, offsets, map })
     }
 
-    fn dynamic_map(&self) -> Result<Arc<Block>> {
+    /// The signed dynamic map, and the unsigned one behind it.
+    pub(crate) fn dynamic_map(&self) -> Result<Arc<Block>> {
         let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(map) = map.as_ref() {
             return Ok(Arc::clone(map));
         }
-        let block = self.allocator.block(DYNAMIC_MAP.len() * 4)?;
-        self.transfers.upload(block.ptr(), DYNAMIC_MAP.len() * 4, |start, part| {
-            for (b, v) in part.chunks_exact_mut(4).zip(&DYNAMIC_MAP[start / 4..]) {
+        let maps = [SIGNED, UNSIGNED].concat();
+        let block = self.allocator.block(maps.len() * 4)?;
+        self.transfers.upload(block.ptr(), maps.len() * 4, |start, part| {
+            for (b, v) in part.chunks_exact_mut(4).zip(&maps[start / 4..]) {
                 b.copy_from_slice(&v.to_le_bytes());
             }
         })?;
@@ -416,7 +469,7 @@ impl Core {
                 let (nested, offsets) =
                     (floats(read(nested, nested.bytes())?), floats(read(offsets, offsets.bytes())?));
                 let value = |(i, &code): (usize, &u8)| {
-                    DYNAMIC_MAP[code as usize] * nested[i / NESTED_BLOCK] + offsets[i / NESTED_BLOCK]
+                    SIGNED[code as usize] * nested[i / NESTED_BLOCK] + offsets[i / NESTED_BLOCK]
                 };
                 read(codes, blocks)?.iter().enumerate().map(value).collect()
             }

@@ -3,7 +3,7 @@
 //! Notation: `n` rows (tokens), `d` hidden size, `T` the backend's compute dtype (bf16, f16 or f32). "f32" and "T" behind
 //! an argument say which dtype its buffer has.
 
-use crate::{AttentionLayout, Dtype, Mat, MatMut, Result, WeightSource};
+use crate::{AttentionLayout, Dtype, Error, Mat, MatMut, Result, WeightSource};
 
 /// What a device offers; printed by `cashtag doctor`, read by the trainer's defaults and by `cashtag plan`.
 #[derive(Clone, Debug)]
@@ -15,6 +15,9 @@ pub struct Capabilities {
     /// Bytes of device memory in all and free now; `None` if unknown.
     pub memory_total: Option<u64>,
     pub memory_free: Option<u64>,
+    /// What a training step gets through in matrix products, in GFLOP/s: a rough figure for the kind of device, to choose how
+    /// much work fits into minutes. Not measured, so that the same kind of machine always chooses the same.
+    pub nominal_rate: f64,
 }
 
 /// Inverted dropout (mask / (1 - p)) with the mask of [`crate::philox`].
@@ -56,6 +59,29 @@ pub struct AdamW {
     /// Every gradient is multiplied by this first (1 / tokens, loss scale, clipping).
     pub gradient_scale: f32,
 }
+
+/// Moments of [`Backend::adamw_8bit`] (Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022), as
+/// bitsandbytes keeps them: blocks of at most 256 neighbouring elements with a code of eight bits for each element and an absmax for
+/// each block. Tensors that are too small for it keep f32 moments.
+#[derive(Debug)]
+pub struct Moments8<'a, B> {
+    /// u32 `[blocks, 3]`, covering the parameters in order without gaps: first element, number of elements (at most
+    /// [`BLOCK_8BIT`]), and where the block's moments stand in `m32` and `v32`; `u32::MAX` for a block of codes.
+    pub table: &'a B,
+    pub blocks: usize,
+    /// u32, element `i` in byte `i % 4` (0 = lowest) of word `i / 4`: index into [`crate::dynamic_map::SIGNED`].
+    pub m: &'a mut B,
+    /// As `m`, into [`crate::dynamic_map::UNSIGNED`].
+    pub v: &'a mut B,
+    /// f32 `[2, blocks]`: absmax of m, then of v.
+    pub absmax: &'a mut B,
+    /// f32, at least one element.
+    pub m32: &'a mut B,
+    pub v32: &'a mut B,
+}
+
+/// Elements of a block of 8-bit moments.
+pub const BLOCK_8BIT: usize = 256;
 
 /// Arguments of [`Backend::cross_entropy`].
 #[derive(Debug)]
@@ -115,6 +141,8 @@ pub trait Backend: Send + Sync + 'static {
     fn upload_u32(&self, data: &[u32], buffer: &mut Self::Buffer) -> Result<()>;
     /// Elements `offset .. offset + out.len()` of a float buffer as f32; waits for what was queued.
     fn download(&self, buffer: &Self::Buffer, offset: usize, out: &mut [f32]) -> Result<()>;
+    /// Elements `0 ..` of a u32 buffer; waits for what was queued.
+    fn download_u32(&self, buffer: &Self::Buffer, out: &mut [u32]) -> Result<()>;
     /// Waits until everything queued is done.
     fn synchronize(&self) -> Result<()>;
 
@@ -310,4 +338,58 @@ pub trait Backend: Send + Sync + 'static {
         v: &mut Self::Buffer,
         compute: &mut Self::Buffer,
     ) -> Result<()>;
+
+    /// One step of AdamW with [8-bit moments](Moments8), as bitsandbytes' `adamw_8bit`: the moments of a block are read through the
+    /// dynamic maps, updated as by [`adamw`](Self::adamw), and stored again relative to their new absmax. A code of m never changes
+    /// the sign of what it stands for.
+    fn adamw_8bit(
+        &self,
+        hyper: AdamW,
+        parameter: &mut Self::Buffer,
+        gradient: &Self::Buffer,
+        moments: Moments8<'_, Self::Buffer>,
+        compute: &mut Self::Buffer,
+    ) -> Result<()>;
+
+    // --- DoRA --------------------------------------------------------------------------------------------------------
+
+    /// Whether the operations of this section are there; the others of this trait are always.
+    fn has_dora(&self) -> bool {
+        false
+    }
+
+    /// `x[i][j] ← x[i][j] · scale[offset + j]`: x T, scale f32.
+    fn scale_columns(&self, _scale: &Self::Buffer, _offset: usize, _x: MatMut<'_, Self::Buffer>) -> Result<()> {
+        Err(no_dora(self.capabilities()))
+    }
+
+    /// `out[offset + j] ← out[offset + j] + scale[offset + j] · Σ_i a[i][j]·b[i][j]`: a and b T, scale and out f32.
+    fn column_dots(
+        &self,
+        _a: Mat<'_, Self::Buffer>,
+        _b: Mat<'_, Self::Buffer>,
+        _scale: &Self::Buffer,
+        _offset: usize,
+        _out: &mut Self::Buffer,
+    ) -> Result<()> {
+        Err(no_dora(self.capabilities()))
+    }
+
+    /// The Euclidean norm of rows `first .. first + b.rows` of `W + scale·B·A`, which is never held as a whole: a T `[r, in]`, b T
+    /// `[rows, r]`.
+    fn adapted_row_norms(
+        &self,
+        _w: &Self::Weight,
+        _first: usize,
+        _scale: f32,
+        _a: Mat<'_, Self::Buffer>,
+        _b: Mat<'_, Self::Buffer>,
+    ) -> Result<Vec<f32>> {
+        Err(no_dora(self.capabilities()))
+    }
+}
+
+fn no_dora(c: Capabilities) -> Error {
+    let what = "DoRA is not implemented on this device\n  hint: leave use_dora out, or take --device cpu".into();
+    Error::Device { device: c.device, what }
 }

@@ -15,13 +15,15 @@
 //! - The same inputs give the same bits on the same device with the same number of threads.
 
 mod backend;
+pub mod dry;
 mod dtype;
+pub mod dynamic_map;
 mod layout;
 mod mat;
 pub mod philox;
 mod weights;
 
-pub use backend::{AdamW, Backend, Capabilities, CrossEntropy, Dropout, Rope};
+pub use backend::{AdamW, BLOCK_8BIT, Backend, Capabilities, CrossEntropy, Dropout, Moments8, Rope};
 pub use dtype::Dtype;
 pub use layout::{AttentionLayout, LayoutError, Segment, Span};
 pub use mat::{Mat, MatMut};

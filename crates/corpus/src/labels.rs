@@ -1,10 +1,11 @@
-//! Foreign label vocabularies mapped to ours.
+//! Foreign label vocabularies mapped to the labels of a run: Positive, Neutral and Negative, or any others.
 //!
 //! Words are understood on their own. Numbers are not: `-1/0/1` is taken as it stands only where a `-1` has been seen,
 //! and `0/1/2` means something else in every dataset, so it needs an explicit map or the class names that the file
 //! carries.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::example::LABELS;
@@ -68,44 +69,97 @@ fn bare_end(word: &str) -> &str {
 }
 
 /// How the labels of a file are read.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LabelMap {
-    explicit: BTreeMap<String, &'static str>,
+    labels: Arc<[String]>,
+    explicit: BTreeMap<String, usize>,
     signed: bool,
 }
 
+impl Default for LabelMap {
+    fn default() -> Self {
+        Self::of(&LABELS)
+    }
+}
+
 impl LabelMap {
+    /// Maps to these labels: to each by its name, and by the synonyms of Positive, Neutral and Negative to those of them that are
+    /// there. Words of degree ("very positive") are synonyms only where these three are all there is.
+    pub fn of<S: AsRef<str>>(labels: &[S]) -> Self {
+        let labels = labels.iter().map(|l| l.as_ref().to_owned()).collect();
+        Self { labels, explicit: BTreeMap::new(), signed: false }
+    }
+
     /// An explicit map such as `0=Negative,1=Neutral,2=Positive`; words that it does not name keep their usual meaning.
     ///
     /// # Errors
     ///
     /// If an entry is not `value=label` with a label that is one of ours or a synonym, or a value is named twice.
     pub fn parse(text: &str) -> Result<Self> {
-        let mut explicit = BTreeMap::new();
-        for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
-            let wrong = |what: &str| {
-                Error::usage(format!(
-                    "label map entry {entry:?}: {what}\n  hint: write it as 0=Negative,1=Neutral,2=Positive"
-                ))
-            };
-            let (value, label) = entry.rsplit_once('=').ok_or_else(|| wrong("expected value=label"))?;
-            let label =
-                canonical_label(label).ok_or_else(|| wrong("expected Positive, Neutral or Negative after ="))?;
-            if explicit.insert(fold(value), label).is_some() {
-                return Err(wrong("this value was mapped before"));
-            }
-        }
-        Ok(Self { explicit, signed: false })
+        Self::default().with(text)
     }
 
-    /// The map that a file's own class names give: number → name. `None` if one of the names is no label of ours.
-    pub(crate) fn from_class_names(names: &[String]) -> Option<Self> {
-        let explicit = names
-            .iter()
-            .enumerate()
-            .map(|(number, name)| Some((number.to_string(), canonical_label(name)?)))
-            .collect::<Option<_>>()?;
-        Some(Self { explicit, signed: false })
+    /// This map with the entries of an explicit one, such as `0=Bearish,1=Bullish`.
+    ///
+    /// # Errors
+    ///
+    /// As [`parse`](Self::parse).
+    pub fn with(mut self, text: &str) -> Result<Self> {
+        for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+            let wrong = |what: String| {
+                let example: Vec<String> =
+                    self.labels.iter().rev().take(3).enumerate().map(|(n, label)| format!("{n}={label}")).collect();
+                let example =
+                    if self.is_usual() { "0=Negative,1=Neutral,2=Positive".into() } else { example.join(",") };
+                Error::usage(format!("label map entry {entry:?}: {what}\n  hint: write it as {example}"))
+            };
+            let (value, label) = entry.rsplit_once('=').ok_or_else(|| wrong("expected value=label".into()))?;
+            let label = self.word(label).ok_or_else(|| wrong(format!("expected {} after =", self.listed())))?;
+            if self.explicit.contains_key(&fold(value)) {
+                return Err(wrong("this value was mapped before".into()));
+            }
+            self.explicit.insert(fold(value), label);
+        }
+        Ok(self)
+    }
+
+    /// This map with what a file's own class names say: number → name. No entries if one of the names is no label.
+    pub(crate) fn with_class_names(mut self, names: &[String]) -> Self {
+        let found: Option<BTreeMap<String, usize>> =
+            names.iter().enumerate().map(|(number, name)| Some((number.to_string(), self.word(name)?))).collect();
+        self.explicit.extend(found.unwrap_or_default());
+        self
+    }
+
+    /// Whether the labels are Positive, Neutral and Negative.
+    fn is_usual(&self) -> bool {
+        self.labels.iter().eq(LABELS.iter())
+    }
+
+    /// "Positive, Neutral or Negative".
+    fn listed(&self) -> String {
+        match &self.labels[..] {
+            [head @ .., last] if !head.is_empty() => format!("{} or {last}", head.join(", ")),
+            all => all.join(""),
+        }
+    }
+
+    /// The label that a word means by itself.
+    fn word(&self, word: &str) -> Option<usize> {
+        let same = |a: &str, b: &str| {
+            let plain = |x: &str| x.to_lowercase().replace(['_', '-'], " ");
+            plain(a.trim()) == plain(b.trim())
+        };
+        if let Some(named) = self.labels.iter().position(|label| same(label, word) || same(label, bare(word))) {
+            return Some(named);
+        }
+        let canonical = canonical_label(word)?;
+        // Where there are more labels than three, a "mildly positive" may be any of them.
+        let graded = bare(word).contains([' ', '_', '-']);
+        if graded && !self.is_usual() {
+            return None;
+        }
+        self.labels.iter().position(|label| label == canonical)
     }
 
     pub(crate) fn is_explicit(&self) -> bool {
@@ -127,19 +181,23 @@ impl LabelMap {
     }
 
     /// The label that `value` stands for.
-    pub fn map(&self, value: &str) -> Option<&'static str> {
+    pub fn map(&self, value: &str) -> Option<&str> {
+        self.index(value).map(|label| self.labels[label].as_str())
+    }
+
+    fn index(&self, value: &str) -> Option<usize> {
         if let Some(label) = self.explicit.get(&fold(value)) {
-            return Some(label);
+            return Some(*label);
         }
-        if self.signed {
+        if self.signed && self.is_usual() {
             match value.trim().parse::<f64>() {
-                Ok(1.0) => return Some(LABELS[0]),
-                Ok(0.0) => return Some(LABELS[1]),
-                Ok(-1.0) => return Some(LABELS[2]),
+                Ok(1.0) => return Some(0),
+                Ok(0.0) => return Some(1),
+                Ok(-1.0) => return Some(2),
                 _ => {}
             }
         }
-        canonical_label(value)
+        self.word(value)
     }
 
     /// Why `value` has no label, with the mend.
@@ -149,14 +207,19 @@ impl LabelMap {
             return "the label is empty".into();
         }
         if value.trim().parse::<f64>().is_ok() {
+            let example: Vec<String> =
+                self.labels.iter().take(3).enumerate().map(|(n, label)| format!("{n}={label}")).collect();
+            let example = if self.is_usual() { "0=Negative,1=Neutral,2=Positive".into() } else { example.join(",") };
             return format!(
                 "label {shown:?} is a number whose meaning is not known\n  hint: say what the numbers mean, for example \
-                 --label-map 0=Negative,1=Neutral,2=Positive"
+                 --label-map {example}"
             );
         }
+        let middle = self.labels.get(self.labels.len() / 2).map_or("", String::as_str);
         format!(
-            "unknown label {shown:?}, expected Positive, Neutral or Negative\n  hint: map it, for example --label-map \
-             {}=Neutral",
+            "unknown label {shown:?}, expected {}\n  hint: map it, for example --label-map {}={middle}, or name the labels of \
+             the data with --labels",
+            self.listed(),
             shown.trim()
         )
     }
@@ -218,6 +281,38 @@ mod tests {
         for wrong in ["0", "0=up", "0=Positive,0.0=Negative"] {
             assert!(LabelMap::parse(wrong).unwrap_err().to_string().contains("hint"), "{wrong}");
         }
-        assert_eq!(LabelMap::from_class_names(&["LABEL_0".into()]), None);
+        assert!(!LabelMap::default().with_class_names(&["LABEL_0".into()]).is_explicit());
+        assert_eq!(LabelMap::default().with_class_names(&["bearish".into()]).map("0"), Some("Negative"));
+    }
+
+    #[test]
+    fn labels_of_the_user() {
+        let map = LabelMap::of(&["Positive", "Neutral", "Negative", "Mixed"]);
+        assert_eq!(
+            ["mixed", "Bullish", "neg", "**Neutral**", "mildly positive"].map(|w| map.map(w)),
+            [Some("Mixed"), Some("Positive"), Some("Negative"), Some("Neutral"), None]
+        );
+        let map = LabelMap::of(&["Very negative", "Negative", "Neutral", "Positive", "Very positive"]);
+        assert_eq!(
+            ["very_positive", "Very Negative", "positive", "strongly positive", "-1"].map(|w| map.map(w)),
+            [Some("Very positive"), Some("Very negative"), Some("Positive"), None, None]
+        );
+        let mut map = LabelMap::of(&["Bullish", "Bearish"]);
+        map.learn(["1", "-1"].into_iter());
+        // The names of others are not ours: a bullish file is no positive one here, and signs mean nothing.
+        assert_eq!(
+            ["bullish", "BEARISH", "positive", "1"].map(|w| map.map(w)),
+            [Some("Bullish"), Some("Bearish"), None, None]
+        );
+        let map = map.with("1=Bullish,-1=bearish,up=Bullish").unwrap();
+        assert_eq!(["1", "-1.0", "Up"].map(|w| map.map(w)), [Some("Bullish"), Some("Bearish"), Some("Bullish")]);
+        let error = map.clone().with("0=Neutral").unwrap_err().to_string();
+        assert!(
+            error.contains("expected Bullish or Bearish after =") && error.contains("0=Bearish,1=Bullish"),
+            "{error}"
+        );
+        let complaint = map.complaint("sideways");
+        assert!(complaint.contains("expected Bullish or Bearish\n  hint: map it"), "{complaint}");
+        assert!(LabelMap::of(&["A", "B"]).complaint("2").contains("--label-map 0=A,1=B"));
     }
 }

@@ -44,8 +44,20 @@ enum Comparison {
 }
 
 const FIELDS: [&str; 14] = [
-    "sentiment_score", "score_z", "mentions", "unique_authors", "attention", "attention_z", "momentum", "buzz_score",
-    "bullish_pct", "bearish_pct", "positive_count", "negative_count", "copies", "damped",
+    "sentiment_score",
+    "score_z",
+    "mentions",
+    "unique_authors",
+    "attention",
+    "attention_z",
+    "momentum",
+    "buzz_score",
+    "bullish_pct",
+    "bearish_pct",
+    "positive_count",
+    "negative_count",
+    "copies",
+    "damped",
 ];
 
 fn field(signal: &Signal, name: &str) -> Option<f64> {
@@ -100,7 +112,12 @@ impl Rule {
                 Some("<=") => Comparison::LessOrEqual,
                 Some(">") => Comparison::More,
                 Some(">=") => Comparison::MoreOrEqual,
-                other => return Err(wrong(format!("expected <, <=, > or >= after {name}, found {:?}", other.unwrap_or("")))),
+                other => {
+                    return Err(wrong(format!(
+                        "expected <, <=, > or >= after {name}, found {:?}",
+                        other.unwrap_or("")
+                    )));
+                }
             };
             let number = words.next().unwrap_or("");
             let value = number.parse::<f64>().ok().filter(|v| v.is_finite());

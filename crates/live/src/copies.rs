@@ -43,7 +43,15 @@ pub struct Copies {
 
 impl Copies {
     /// Judges a post and remembers it. `fingerprint` is [`fingerprint`] of it.
-    pub fn observe(&mut self, fingerprint: u64, source: &str, id: &str, author: &str, told: Option<&str>, time: Millis) -> Verdict {
+    pub fn observe(
+        &mut self,
+        fingerprint: u64,
+        source: &str,
+        id: &str,
+        author: &str,
+        told: Option<&str>,
+        time: Millis,
+    ) -> Verdict {
         let found = self.first_of(fingerprint, time).map(str::to_owned);
         if found.is_none() {
             let generation = self.texts.entry(time.div_euclid(GENERATION)).or_default();
@@ -168,7 +176,10 @@ mod tests {
             let verdict = see(&mut copies, id, "bob", &text, HOUR);
             assert_eq!((verdict.is_copy_of.as_deref(), verdict.weight), (Some("1"), COPY_WEIGHT), "{text}");
         }
-        assert_eq!(see(&mut copies, "5", "bob", "$XYZ misses on revenue and cuts its guidance for the year", HOUR).weight, 1.0);
+        assert_eq!(
+            see(&mut copies, "5", "bob", "$XYZ misses on revenue and cuts its guidance for the year", HOUR).weight,
+            1.0
+        );
         assert_eq!(see(&mut copies, "6", "eve", LONG, HORIZON + 1).is_copy_of, None, "a day later it is said anew");
     }
 
@@ -183,9 +194,8 @@ mod tests {
     #[test]
     fn a_burst_is_damped_and_ends() {
         let mut copies = Copies::default();
-        let verdicts: Vec<bool> = (0..8)
-            .map(|i| see(&mut copies, &i.to_string(), "ann", &format!("{LONG} {i}"), i * 1000).damped)
-            .collect();
+        let verdicts: Vec<bool> =
+            (0..8).map(|i| see(&mut copies, &i.to_string(), "ann", &format!("{LONG} {i}"), i * 1000).damped).collect();
         assert_eq!(verdicts, [false, false, false, false, false, true, true, true]);
         assert!(!see(&mut copies, "x", "ann", &format!("{LONG} later"), HOUR).damped);
         assert!(!see(&mut copies, "y", "bob", &format!("{LONG} other"), 7_500).damped);

@@ -69,7 +69,14 @@ impl Recent {
 }
 
 impl Inlet {
-    pub fn new(log: Log, readers: Readers, names: AuthorKey, version: String, board: Board, stop: Arc<AtomicBool>) -> Self {
+    pub fn new(
+        log: Log,
+        readers: Readers,
+        names: AuthorKey,
+        version: String,
+        board: Board,
+        stop: Arc<AtomicBool>,
+    ) -> Self {
         let (recent, dead, cursors, done) = Default::default();
         Self(Arc::new(Inner { log, readers, names, version, board, recent, dead, cursors, done, stop }))
     }
@@ -205,7 +212,8 @@ impl Inlet {
 
     /// In doubt a post is new: the pipeline looks again before it counts.
     fn is_known(&self, identity: u128) -> bool {
-        self.recent().known.contains(&identity) || self.0.readers.with(|r| r.has(identity, &self.0.version)).unwrap_or(false)
+        self.recent().known.contains(&identity)
+            || self.0.readers.with(|r| r.has(identity, &self.0.version)).unwrap_or(false)
     }
 }
 

@@ -14,20 +14,25 @@
 //! - Names of authors never reach the disk.
 
 pub mod alerts;
+pub mod api;
 pub mod board;
 mod copies;
 mod error;
+pub mod export;
 pub mod hub;
 pub mod inlet;
 pub mod log;
 pub mod pipeline;
 pub mod post;
+pub mod run;
 pub mod scorer;
 pub mod sources;
 pub mod state;
 pub mod store;
 pub mod tickers;
 pub mod time;
+mod webhook;
 pub mod windows;
 
 pub use error::{Error, Result};
+pub use run::{LiveOptions, Started, Summary, run};

@@ -145,7 +145,8 @@ impl AuthorKey {
 
     /// 16 hex digits. A post without an author is an author of its own.
     fn hash(&self, source: &str, author: &str, id: &str) -> String {
-        let parts = if author.is_empty() { [b"id".as_slice(), id.as_bytes()] } else { [b"a".as_slice(), author.as_bytes()] };
+        let parts =
+            if author.is_empty() { [b"id".as_slice(), id.as_bytes()] } else { [b"a".as_slice(), author.as_bytes()] };
         hex(&digest(&[&self.0, source.as_bytes(), parts[0], parts[1]])[..8])
     }
 }
@@ -217,7 +218,13 @@ mod tests {
     use super::*;
 
     fn incoming() -> Incoming {
-        Incoming { id: "1".into(), author: "ann".into(), text: "$XYZ up".into(), event_time: Some(5), ..Default::default() }
+        Incoming {
+            id: "1".into(),
+            author: "ann".into(),
+            text: "$XYZ up".into(),
+            event_time: Some(5),
+            ..Default::default()
+        }
     }
 
     fn check(post: Incoming) -> Result<Post, String> {

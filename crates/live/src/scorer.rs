@@ -22,7 +22,8 @@ impl ModelInfo {
     pub fn version(&self) -> String {
         let adapter = self.adapter_hash.as_deref().unwrap_or("");
         let labels = self.labels.join("\n");
-        hex(&digest(&[self.model_hash.as_bytes(), adapter.as_bytes(), self.prompt_hash.as_bytes(), labels.as_bytes()])[..8])
+        hex(&digest(&[self.model_hash.as_bytes(), adapter.as_bytes(), self.prompt_hash.as_bytes(), labels.as_bytes()])
+            [..8])
     }
 
     pub fn to_json(&self) -> Value {

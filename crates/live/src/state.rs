@@ -73,7 +73,7 @@ pub struct Delays {
 
 impl Delays {
     pub fn add(&mut self, event_to_received: Option<Millis>, received_to_visible: Millis) {
-        let mut push = |queue: &mut VecDeque<Millis>, value: Millis| {
+        let push = |queue: &mut VecDeque<Millis>, value: Millis| {
             queue.push_back(value.max(0));
             if queue.len() > DELAYS {
                 queue.pop_front();
@@ -127,12 +127,22 @@ impl Counters {
         [
             ("posts_scored_total", "Posts scored and counted", "counter", of(&self.scored)),
             ("posts_duplicate_total", "Posts that were counted already", "counter", of(&self.duplicates)),
-            ("posts_too_late_total", "Posts that came after one of their windows was final", "counter", of(&self.too_late)),
+            (
+                "posts_too_late_total",
+                "Posts that came after one of their windows was final",
+                "counter",
+                of(&self.too_late),
+            ),
             ("posts_copy_total", "Copies and retweets", "counter", of(&self.copies)),
             ("posts_damped_total", "Posts of a burst of one author", "counter", of(&self.damped)),
             ("dead_letters_total", "What could not be taken", "counter", of(&self.dead_letters)),
             ("checkpoints_total", "Transactions of the store", "counter", of(&self.checkpoints)),
-            ("store_failures_total", "Transactions that failed and were tried again", "counter", of(&self.store_failures)),
+            (
+                "store_failures_total",
+                "Transactions that failed and were tried again",
+                "counter",
+                of(&self.store_failures),
+            ),
             ("windows_in_memory", "Windows that are not final", "gauge", of(&self.windows_in_memory)),
             ("log_bytes", "Size of the log", "gauge", of(&self.log_bytes)),
         ]

@@ -101,6 +101,14 @@ impl Adapter {
                     .map_err(|e| Error::Adapter(format!("{name}.{suffix}: {e}")))?;
                 views.push((format!("{name}.{suffix}.weight"), view));
             }
+            if self.lora.use_dora {
+                let first = s.magnitude_offset(r);
+                let values = self.tensors.magnitude.get(first..first + s.out_features);
+                let values = values.ok_or_else(|| Error::Adapter("a DoRA adapter without its magnitudes".into()))?;
+                let view = TensorView::new(Dtype::F32, vec![s.out_features], bytes_of(values))
+                    .map_err(|e| Error::Adapter(format!("{name}: {e}")))?;
+                views.push((format!("{name}.{MAGNITUDE}"), view));
+            }
         }
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::Adapter(e.to_string()))?;
@@ -114,6 +122,9 @@ impl Adapter {
         Ok(())
     }
 }
+
+/// PEFT writes it without a `.weight`.
+const MAGNITUDE: &str = "lora_magnitude_vector";
 
 fn pretty(value: &Value) -> Result<String> {
     let text = serde_json::to_string_pretty(value).map_err(|e| Error::Adapter(e.to_string()))?;
@@ -170,7 +181,7 @@ fn peft_config(lora: &LoraConfig, base_model: Option<&str>) -> Value {
         "revision": null,
         "target_modules": modules,
         "task_type": "CAUSAL_LM",
-        "use_dora": false,
+        "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora
     })
 }
@@ -190,9 +201,6 @@ fn lora_config(path: &Path, c: &Value, model: &LlamaConfig) -> Result<LoraConfig
         if c[key].as_object().is_some_and(|o| !o.is_empty()) {
             return unsupported(key, "adapters with one rank and one alpha are supported");
         }
-    }
-    if c["use_dora"].as_bool() == Some(true) {
-        return unsupported("use_dora", "DoRA adapters are not supported yet");
     }
     if c["fan_in_fan_out"].as_bool() == Some(true) || c["lora_bias"].as_bool() == Some(true) {
         return unsupported("fan_in_fan_out or lora_bias", "which Llama adapters do not have");
@@ -233,6 +241,7 @@ fn lora_config(path: &Path, c: &Value, model: &LlamaConfig) -> Result<LoraConfig
         lora_dropout: float("lora_dropout", 0.0),
         target_modules,
         use_rslora: c["use_rslora"].as_bool().unwrap_or(false),
+        use_dora: c["use_dora"].as_bool().unwrap_or(false),
         layers_to_transform,
     })
 }
@@ -245,18 +254,18 @@ fn load_tensors(path: &Path, lora: &LoraConfig, model: &LlamaConfig) -> Result<L
     // of a mapped model file.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path))?;
     let file = SafeTensors::deserialize(&map).map_err(|e| bad(path, format!("not a valid safetensors file: {e}")))?;
-    if file.len() > 2 * shapes.len() {
+    let wanted = shapes.len() * if lora.use_dora { 3 } else { 2 };
+    if file.len() > wanted {
         let name = file.names().into_iter().find(|n| !n.contains("lora_")).unwrap_or_default();
         return Err(bad(
             path,
             format!(
-                "{} tensors, expected {} (for example {name:?})\n  hint: is this adapter for another model?",
-                file.len(),
-                2 * shapes.len()
+                "{} tensors, expected {wanted} (for example {name:?})\n  hint: is this adapter for another model?",
+                file.len()
             ),
         ));
     }
-    let mut tensors = LoraTensors { a: Vec::new(), b: Vec::new() };
+    let mut tensors = LoraTensors { a: Vec::new(), b: Vec::new(), magnitude: Vec::new() };
     if expected * 2 > map.len() {
         return Err(bad(
             path,
@@ -267,38 +276,42 @@ fn load_tensors(path: &Path, lora: &LoraConfig, model: &LlamaConfig) -> Result<L
         ));
     }
     for s in &shapes {
-        for (suffix, shape, target) in
-            [("lora_A", [lora.r, s.in_features], &mut tensors.a), ("lora_B", [s.out_features, lora.r], &mut tensors.b)]
-        {
-            let name = format!("base_model.model.model.layers.{}.{}.{suffix}.weight", s.layer, s.module.path());
-            let tensor = file
-                .tensor(&name)
-                .map_err(|_| bad(path, format!("no tensor {name}\n  hint: is this adapter for another model?")))?;
-            if tensor.shape() != shape {
-                return Err(Error::tensor(
-                    path,
-                    name,
-                    format!(
-                        "expected shape {shape:?}, found {:?}\n  hint: is this adapter for another model?",
-                        tensor.shape()
-                    ),
-                ));
-            }
-            let first = target.len();
-            match tensor.dtype() {
-                Dtype::F32 => {
-                    target.extend(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
-                }
-                Dtype::F16 => target
-                    .extend(tensor.data().chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32())),
-                Dtype::BF16 => target
-                    .extend(tensor.data().chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32())),
-                other => return Err(Error::tensor(path, name, format!("dtype {other:?}, expected F32, F16 or BF16"))),
-            }
-            if target[first..].iter().any(|x| !x.is_finite()) {
-                return Err(Error::tensor(path, name, "holds NaN or infinity"));
-            }
+        let path_of = |what: &str| format!("base_model.model.model.layers.{}.{}.{what}", s.layer, s.module.path());
+        let read = |name: &str, shape: &[usize], target: &mut Vec<f32>| read_tensor(path, &file, name, shape, target);
+        read(&path_of("lora_A.weight"), &[lora.r, s.in_features], &mut tensors.a)?;
+        read(&path_of("lora_B.weight"), &[s.out_features, lora.r], &mut tensors.b)?;
+        if lora.use_dora {
+            read(&path_of(MAGNITUDE), &[s.out_features], &mut tensors.magnitude)?;
         }
     }
     Ok(tensors)
+}
+
+/// Appends a tensor's values to `target`.
+fn read_tensor(path: &Path, file: &SafeTensors<'_>, name: &str, shape: &[usize], target: &mut Vec<f32>) -> Result<()> {
+    let tensor = file
+        .tensor(name)
+        .map_err(|_| bad(path, format!("no tensor {name}\n  hint: is this adapter for another model?")))?;
+    if tensor.shape() != shape {
+        let found = tensor.shape();
+        let what = format!("expected shape {shape:?}, found {found:?}\n  hint: is this adapter for another model?");
+        return Err(Error::tensor(path, name, what));
+    }
+    let first = target.len();
+    match tensor.dtype() {
+        Dtype::F32 => {
+            target.extend(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+        }
+        Dtype::F16 => {
+            target.extend(tensor.data().chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()));
+        }
+        Dtype::BF16 => {
+            target.extend(tensor.data().chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()));
+        }
+        other => return Err(Error::tensor(path, name, format!("dtype {other:?}, expected F32, F16 or BF16"))),
+    }
+    if target[first..].iter().any(|x| !x.is_finite()) {
+        return Err(Error::tensor(path, name, "holds NaN or infinity"));
+    }
+    Ok(())
 }

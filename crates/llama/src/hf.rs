@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use self::safetensors::{Entry, Shard};
 use crate::config::LlamaConfig;
@@ -284,4 +285,13 @@ fn shard_names(dir: &Path) -> Result<Vec<String>> {
         }
     }
     Ok(names)
+}
+
+/// The shape that a `config.json` describes.
+///
+/// # Errors
+/// A file that cannot be read, or describes no Llama.
+pub fn read_config(path: &Path) -> Result<LlamaConfig> {
+    let json = read_companion(path)?.unwrap_or_default();
+    config::read(path, &json, &Value::Null)
 }

@@ -15,6 +15,7 @@ mod json_file;
 pub mod kv;
 pub mod lora;
 pub mod model;
+mod neftune;
 pub mod packing;
 pub mod prompt;
 pub mod score;

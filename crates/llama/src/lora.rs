@@ -10,10 +10,14 @@
 //! forward    x̂ = dropout(x)      u = x̂·Aᵀ            y_j += s·u_j·B_jᵀ
 //! backward   dB_j += s·dy_jᵀ·u_j  du_j = s·dy_j·B_j    dA += duᵀ·x̂     dx += mask∘(du·A)/(1-p)
 //! ```
+//!
+//! With DoRA (Liu et al. 2024) the adapted layer's output is scaled, column by column, to the norm `m` that is learnt for each
+//! row of its weight, `y ← g∘y` with `g = m/‖W + s·B·A‖`. As in PEFT the norm is a constant of the gradient. Then `dm = Σ dy∘y / m`
+//! and everything above sees `g∘dy`. Norms change with the factors: [`Llama::prepare`](crate::model::Llama::prepare) takes them anew.
 
 use std::str::FromStr;
 
-use cashtag_backend::{AdamW, Backend, Dropout, Dtype, Mat, MatMut, philox};
+use cashtag_backend::{AdamW, BLOCK_8BIT, Backend, Dropout, Dtype, Mat, MatMut, Moments8, philox};
 use serde::{Deserialize, Serialize};
 
 use crate::config::LlamaConfig;
@@ -85,7 +89,7 @@ impl Module {
     }
 
     /// First column of its output in the fused output of its site.
-    fn first_column(self, c: &LlamaConfig) -> usize {
+    pub(crate) fn first_column(self, c: &LlamaConfig) -> usize {
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         match self {
             Module::KProj => q,
@@ -130,6 +134,9 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// Only these layers; all if `None`.
     pub layers_to_transform: Option<Vec<usize>>,
+    /// Learn the norm of each row of an adapted weight apart from its direction.
+    #[serde(default)]
+    pub use_dora: bool,
 }
 
 impl Default for LoraConfig {
@@ -141,6 +148,7 @@ impl Default for LoraConfig {
             target_modules: Module::ALL.to_vec(),
             use_rslora: false,
             layers_to_transform: None,
+            use_dora: false,
         }
     }
 }
@@ -184,6 +192,13 @@ pub struct Slot {
     pub out_features: usize,
 }
 
+impl Slot {
+    /// Where its magnitudes stand among those of all modules.
+    pub fn magnitude_offset(&self, r: usize) -> usize {
+        self.b_offset / r
+    }
+}
+
 /// Flat parameters of one kind (all A or all B) with what the optimizer keeps about them.
 pub struct Group<B: Backend> {
     pub parameter: B::Buffer,
@@ -195,8 +210,61 @@ pub struct Group<B: Backend> {
 
 pub struct Training<B: Backend> {
     pub gradient: B::Buffer,
+    pub moments: Moments<B>,
+}
+
+/// What AdamW remembers of the gradients.
+pub enum Moments<B: Backend> {
+    Full { m: B::Buffer, v: B::Buffer },
+    EightBit(EightBit<B>),
+}
+
+/// Buffers of [`Moments8`].
+pub struct EightBit<B: Backend> {
+    table: B::Buffer,
+    pub blocks: usize,
     pub m: B::Buffer,
     pub v: B::Buffer,
+    pub absmax: B::Buffer,
+    pub m32: B::Buffer,
+    pub v32: B::Buffer,
+    /// Elements of `m32` and `v32`.
+    pub wide: usize,
+}
+
+/// Tensors with fewer elements keep f32 moments beside 8-bit ones, as in bitsandbytes (`min_8bit_size`).
+pub const MIN_8BIT_SIZE: usize = 4096;
+
+impl<B: Backend> EightBit<B> {
+    /// Moments of zero for tensors of these sizes that stand one behind the other.
+    fn new(backend: &B, tensors: &[usize]) -> Result<Self> {
+        let (mut table, mut first, mut wide) = (Vec::new(), 0, 0);
+        for &size in tensors {
+            for start in (0..size).step_by(BLOCK_8BIT) {
+                let len = BLOCK_8BIT.min(size - start);
+                let place = if size < MIN_8BIT_SIZE { wide as u32 } else { u32::MAX };
+                wide += if size < MIN_8BIT_SIZE { len } else { 0 };
+                table.extend([first as u32, len as u32, place]);
+                first += len;
+            }
+        }
+        let blocks = table.len() / 3;
+        let mut on_device = backend.zeros(Dtype::U32, table.len())?;
+        backend.upload_u32(&table, &mut on_device)?;
+        // Level 127 of the signed map and level 0 of the unsigned one are 0; with an absmax of 0 every level is.
+        let codes = || backend.zeros(Dtype::U32, first.div_ceil(4));
+        let wides = || backend.zeros(Dtype::F32, wide.max(1));
+        Ok(Self {
+            table: on_device,
+            blocks,
+            m: codes()?,
+            v: codes()?,
+            absmax: backend.zeros(Dtype::F32, 2 * blocks)?,
+            m32: wides()?,
+            v32: wides()?,
+            wide,
+        })
+    }
 }
 
 impl<B: Backend> Group<B> {
@@ -208,7 +276,7 @@ impl<B: Backend> Group<B> {
         backend.upload(values, &mut compute, 0)?;
         let training = if trainable {
             let zeros = || backend.zeros(Dtype::F32, len);
-            Some(Training { gradient: zeros()?, m: zeros()?, v: zeros()? })
+            Some(Training { gradient: zeros()?, moments: Moments::Full { m: zeros()?, v: zeros()? } })
         } else {
             None
         };
@@ -230,10 +298,32 @@ impl<B: Backend> Group<B> {
     }
 
     fn step(&mut self, backend: &B, hyper: AdamW) -> Result<()> {
-        let Some(t) = &mut self.training else { return Ok(()) };
-        backend.adamw(hyper, &mut self.parameter, &t.gradient, &mut t.m, &mut t.v, &mut self.compute)?;
+        let Some(Training { gradient, moments }) = &mut self.training else { return Ok(()) };
+        match moments {
+            Moments::Full { m, v } => {
+                backend.adamw(hyper, &mut self.parameter, gradient, m, v, &mut self.compute)?;
+            }
+            Moments::EightBit(e) => {
+                let EightBit { table, blocks, m, v, absmax, m32, v32, .. } = e;
+                let moments = Moments8 { table, blocks: *blocks, m, v, absmax, m32, v32 };
+                backend.adamw_8bit(hyper, &mut self.parameter, gradient, moments, &mut self.compute)?;
+            }
+        }
         Ok(())
     }
+}
+
+/// What DoRA adds to the factors. Places of all modules' rows stand in the order of the slots.
+pub struct Dora<B: Backend> {
+    pub magnitude: Group<B>,
+    /// g = m/‖W + s·B·A‖.
+    pub(crate) scale: B::Buffer,
+    /// 1/m, for the gradient.
+    pub(crate) inverse: B::Buffer,
+    /// Whether `scale` and `inverse` belong to the parameters as they are.
+    pub(crate) current: bool,
+    /// The magnitudes were not given: they begin as the norms of the weights.
+    pub(crate) begins: bool,
 }
 
 /// An adapter on a device.
@@ -241,6 +331,7 @@ pub struct Lora<B: Backend> {
     pub config: LoraConfig,
     pub a: Group<B>,
     pub b: Group<B>,
+    pub dora: Option<Dora<B>>,
     slots: Vec<Slot>,
     /// `[layer][site]`: range of `slots`.
     ranges: Vec<[std::ops::Range<usize>; 4]>,
@@ -251,6 +342,8 @@ pub struct Lora<B: Backend> {
 pub struct LoraTensors {
     pub a: Vec<f32>,
     pub b: Vec<f32>,
+    /// DoRA's magnitudes; empty without DoRA, and for a new adapter, whose magnitudes are the norms of the weights.
+    pub magnitude: Vec<f32>,
 }
 
 /// The slots of a configuration, in memory order: by layer, site, module.
@@ -289,7 +382,7 @@ impl LoraTensors {
                 }
             }
         }
-        Self { a, b: vec![0.0; b] }
+        Self { a, b: vec![0.0; b], magnitude: Vec::new() }
     }
 }
 
@@ -316,6 +409,30 @@ impl<B: Backend> Lora<B> {
                 expected.1
             )));
         }
+        let rows = slots.iter().map(|s| s.out_features).sum::<usize>();
+        let dora = if config.use_dora {
+            if !backend.has_dora() {
+                return Err(Error::Adapter(format!(
+                    "DoRA is not implemented on {}\n  hint: leave use_dora out, or take --device cpu",
+                    backend.capabilities().device
+                )));
+            }
+            let begins = tensors.magnitude.is_empty();
+            if !begins && tensors.magnitude.len() != rows {
+                let found = tensors.magnitude.len();
+                return Err(Error::Adapter(format!("the magnitudes are {found} values, the model needs {rows}")));
+            }
+            let zeros = vec![0.0; rows];
+            Some(Dora {
+                magnitude: Group::new(backend, if begins { &zeros } else { &tensors.magnitude }, trainable)?,
+                scale: backend.zeros(Dtype::F32, rows)?,
+                inverse: backend.zeros(Dtype::F32, rows)?,
+                current: false,
+                begins,
+            })
+        } else {
+            None
+        };
         let range = |layer: usize, site: Site| {
             let first = slots.partition_point(|s| (s.layer, s.module.site() as usize) < (layer, site as usize));
             let last = slots.partition_point(|s| (s.layer, s.module.site() as usize) <= (layer, site as usize));
@@ -325,6 +442,7 @@ impl<B: Backend> Lora<B> {
         Ok(Self {
             a: Group::new(backend, &tensors.a, trainable)?,
             b: Group::new(backend, &tensors.b, trainable)?,
+            dora,
             config,
             slots,
             ranges,
@@ -336,14 +454,55 @@ impl<B: Backend> Lora<B> {
     }
 
     pub fn parameters(&self) -> usize {
-        self.a.len + self.b.len
+        self.groups().map(|(_, g)| g.len).sum()
+    }
+
+    /// All parameters, by the names that checkpoints give them.
+    pub fn groups(&self) -> impl Iterator<Item = (&'static str, &Group<B>)> {
+        let magnitude = self.dora.as_ref().map(|d| ("magnitude", &d.magnitude));
+        [("a", &self.a), ("b", &self.b)].into_iter().chain(magnitude)
+    }
+
+    /// As [`groups`](Self::groups), to change them; norms are taken anew before the next pass.
+    pub fn groups_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Group<B>)> {
+        let magnitude = self.dora.as_mut().map(|d| {
+            (d.current, d.begins) = (false, false);
+            ("magnitude", &mut d.magnitude)
+        });
+        [("a", &mut self.a), ("b", &mut self.b)].into_iter().chain(magnitude)
+    }
+
+    /// Keeps AdamW's moments in 8 bits from here on; they begin anew.
+    ///
+    /// # Errors
+    /// A device without memory.
+    pub fn use_8bit_moments(&mut self, backend: &B) -> Result<()> {
+        let r = self.config.r;
+        let sizes = |f: fn(&Slot, usize) -> usize| self.slots.iter().map(|s| f(s, r)).collect::<Vec<_>>();
+        let all = [sizes(|s, r| s.in_features * r), sizes(|s, r| s.out_features * r), sizes(|s, _| s.out_features)];
+        let magnitude = self.dora.as_mut().map(|d| &mut d.magnitude);
+        for (group, tensors) in [Some(&mut self.a), Some(&mut self.b), magnitude].into_iter().zip(all) {
+            if let Some(training) = group.and_then(|g| g.training.as_mut()) {
+                training.moments = Moments::EightBit(EightBit::new(backend, &tensors)?);
+            }
+        }
+        Ok(())
     }
 
     pub fn tensors(&self, backend: &B) -> Result<LoraTensors> {
-        Ok(LoraTensors { a: self.a.download(backend)?, b: self.b.download(backend)? })
+        let magnitude = match &self.dora {
+            Some(d) => d.magnitude.download(backend)?,
+            None => Vec::new(),
+        };
+        Ok(LoraTensors { a: self.a.download(backend)?, b: self.b.download(backend)?, magnitude })
     }
 
-    fn site(&self, layer: usize, site: Site) -> &[Slot] {
+    /// Whether the output of this site is scaled as a whole, so that it cannot be added to anything before.
+    pub(crate) fn scales(&self, layer: usize, site: Site) -> bool {
+        self.dora.is_some() && !self.site(layer, site).is_empty()
+    }
+
+    pub(crate) fn site(&self, layer: usize, site: Site) -> &[Slot] {
         &self.slots[self.ranges[layer][site as usize].clone()]
     }
 
@@ -368,7 +527,12 @@ impl<B: Backend> Lora<B> {
         }
     }
 
-    fn b_factor(&self, slot: &Slot) -> Mat<'_, B::Buffer> {
+    /// A of one module.
+    pub(crate) fn a_of(&self, slot: &Slot) -> Mat<'_, B::Buffer> {
+        self.a_factor(std::slice::from_ref(slot))
+    }
+
+    pub(crate) fn b_factor(&self, slot: &Slot) -> Mat<'_, B::Buffer> {
         let r = self.config.r;
         Mat { buffer: &self.b.compute, offset: slot.b_offset, rows: slot.out_features, cols: r, stride: r }
     }
@@ -400,6 +564,34 @@ impl<B: Backend> Lora<B> {
             let u = Mat::new(&*u, x.rows, rank).columns(j * self.config.r, self.config.r);
             let y = y.reborrow().columns(slot.module.first_column(at.model), slot.out_features);
             backend.matmul_nt(self.config.scale(), u, self.b_factor(slot), 1.0, y)?;
+        }
+        if let Some(d) = &self.dora {
+            for slot in slots {
+                let y = y.reborrow().columns(slot.module.first_column(at.model), slot.out_features);
+                backend.scale_columns(&d.scale, slot.magnitude_offset(self.config.r), y)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// DoRA's part of the backward, before everything else: the gradient of the magnitudes, and `dy ← g∘dy`. `y` is the fused
+    /// output as [`forward`](Self::forward) left it, without what was done to it later.
+    pub(crate) fn backward_magnitude<'y>(
+        &mut self,
+        backend: &B,
+        at: SiteAt<'_>,
+        y: impl Fn(&Slot, usize) -> Mat<'y, B::Buffer>,
+        mut dy: MatMut<'_, B::Buffer>,
+    ) -> Result<()> {
+        let r = self.config.r;
+        let Some(d) = &mut self.dora else { return Ok(()) };
+        for slot in &self.slots[self.ranges[at.layer][at.site as usize].clone()] {
+            let (column, offset) = (slot.module.first_column(at.model), slot.magnitude_offset(r));
+            if let Some(t) = &mut d.magnitude.training {
+                let dy = dy.as_ref().columns(column, slot.out_features);
+                backend.column_dots(dy, y(slot, column), &d.inverse, offset, &mut t.gradient)?;
+            }
+            backend.scale_columns(&d.scale, offset, dy.reborrow().columns(column, slot.out_features))?;
         }
         Ok(())
     }
@@ -462,7 +654,8 @@ impl<B: Backend> Lora<B> {
 
     /// Sets all gradients to zero.
     pub fn zero_grad(&mut self, backend: &B) -> Result<()> {
-        for group in [&mut self.a, &mut self.b] {
+        let magnitude = self.dora.as_mut().map(|d| &mut d.magnitude);
+        for group in [&mut self.a, &mut self.b].into_iter().chain(magnitude) {
             if let Some(t) = &mut group.training {
                 backend.fill_zero(&mut t.gradient)?;
             }
@@ -473,16 +666,23 @@ impl<B: Backend> Lora<B> {
     /// √Σg² over all gradients; not finite if any gradient is not.
     pub fn grad_norm(&self, backend: &B) -> Result<f64> {
         let mut sum = 0.0;
-        for t in [&self.a.training, &self.b.training].into_iter().flatten() {
+        for t in self.groups().filter_map(|(_, g)| g.training.as_ref()) {
             sum += backend.sum_of_squares(&t.gradient)?;
         }
         Ok(sum.sqrt())
     }
 
-    /// One AdamW step; `loraplus_lr_ratio` multiplies the learning rate of the B factors (LoRA+, Hayou et al. 2024).
+    /// One AdamW step; `loraplus_lr_ratio` multiplies the learning rate of the B factors (LoRA+, Hayou et al. 2024) and, as in PEFT,
+    /// of DoRA's magnitudes.
     pub fn step(&mut self, backend: &B, hyper: AdamW, loraplus_lr_ratio: f32) -> Result<()> {
         self.a.step(backend, hyper)?;
-        self.b.step(backend, AdamW { learning_rate: hyper.learning_rate * loraplus_lr_ratio, ..hyper })
+        let hyper = AdamW { learning_rate: hyper.learning_rate * loraplus_lr_ratio, ..hyper };
+        self.b.step(backend, hyper)?;
+        if let Some(d) = &mut self.dora {
+            d.current = false;
+            d.magnitude.step(backend, hyper)?;
+        }
+        Ok(())
     }
 }
 

@@ -16,7 +16,8 @@ use crate::checkpoint::Checkpoint;
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::kv::KvStore;
-use crate::lora::{BackwardScratch, Lora, Site, SiteAt};
+use crate::lora::{BackwardScratch, Lora, Site, SiteAt, Slot};
+use crate::neftune;
 use crate::packing::PackedBatch;
 
 struct Layer<B: Backend> {
@@ -72,6 +73,8 @@ struct Saved<B: Backend> {
     gate_up: B::Buffer,
     /// x̂·Aᵀ for each site.
     u: [B::Buffer; 4],
+    /// With DoRA: what o and down add to the residual stream.
+    added: [B::Buffer; 2],
 }
 
 /// Device memory of a pass over at most `capacity` rows; reused from batch to batch.
@@ -103,6 +106,8 @@ struct BackwardBuffers<B: Backend> {
     dh: B::Buffer,
     d_gate_up: B::Buffer,
     du: B::Buffer,
+    /// With DoRA: q and k before RoPE.
+    unrotated: B::Buffer,
 }
 
 /// Positions of RoPE tables; longer prompts are refused long before.
@@ -131,6 +136,8 @@ pub struct TrainPass {
     pub label_smoothing: f32,
     /// fp16 loss scale; 1 otherwise.
     pub loss_scale: f32,
+    /// Noise on the embeddings ([`neftune`](crate::neftune)), drawn like the dropout masks; 0 is none.
+    pub neftune_alpha: f32,
 }
 
 impl<B: Backend> Llama<B> {
@@ -235,6 +242,44 @@ impl<B: Backend> Llama<B> {
         self.q_dim() + 2 * self.kv_dim()
     }
 
+    /// Brings an adapter up to date with its parameters: takes the norms that DoRA divides by, and the magnitudes of a new adapter.
+    /// Needed after the adapter was made and whenever its parameters changed; does nothing without DoRA.
+    ///
+    /// # Errors
+    /// The device fails or has no DoRA.
+    pub fn prepare(&self, backend: &B, lora: &mut Lora<B>) -> Result<()> {
+        let Some(d) = &lora.dora else { return Ok(()) };
+        if d.current {
+            return Ok(());
+        }
+        let (scale, rows) = (lora.config.scale(), d.magnitude.len);
+        let mut norms = Vec::with_capacity(rows);
+        for slot in lora.slots() {
+            let layer = &self.layers[slot.layer];
+            let weight = match slot.module.site() {
+                Site::AttentionIn => &layer.qkv,
+                Site::AttentionOut => &layer.o,
+                Site::MlpIn => &layer.gate_up,
+                Site::MlpMiddle => &layer.down,
+            };
+            let first = slot.module.first_column(&self.config);
+            let (a, b) = (lora.a_of(slot), lora.b_factor(slot));
+            norms.extend(backend.adapted_row_norms(weight, first, scale, a, b)?);
+        }
+        let Some(d) = &mut lora.dora else { return Ok(()) };
+        if d.begins {
+            d.magnitude.upload(backend, &norms)?;
+        }
+        let magnitudes = d.magnitude.download(backend)?;
+        // A row of zeros has no direction; it is left alone.
+        let scales: Vec<f32> = magnitudes.iter().zip(&norms).map(|(m, n)| if *n > 0.0 { m / n } else { 1.0 }).collect();
+        let inverses: Vec<f32> = magnitudes.iter().map(|m| if *m == 0.0 { 0.0 } else { 1.0 / m }).collect();
+        backend.upload(&scales, &mut d.scale, 0)?;
+        backend.upload(&inverses, &mut d.inverse, 0)?;
+        (d.current, d.begins) = (true, false);
+        Ok(())
+    }
+
     /// Key/value memory for `capacity` rows.
     pub fn kv_store(&self, backend: &B, capacity: usize) -> Result<KvStore<B>> {
         KvStore::new(backend, self.layers.len(), self.kv_dim(), capacity)
@@ -258,6 +303,7 @@ impl<B: Backend> Llama<B> {
         let alloc = |cols: usize| -> Result<B::Buffer> { Ok(backend.uninit(t, n * cols)?) };
         let f32s = |cols: usize| -> Result<B::Buffer> { Ok(backend.uninit(Dtype::F32, n * cols)?) };
         let training = matches!(purpose, Purpose::Training(_));
+        let dora = lora.is_some_and(|l| l.dora.is_some());
         let sets = if purpose == Purpose::Training(Checkpointing::None) { self.layers.len() } else { 1 };
         let mut saved = Vec::with_capacity(sets);
         for _ in 0..sets {
@@ -273,6 +319,7 @@ impl<B: Backend> Llama<B> {
                 lse: f32s(c.num_attention_heads)?,
                 gate_up: alloc(2 * f)?,
                 u: [alloc(ranks[0])?, alloc(ranks[1])?, alloc(ranks[2])?, alloc(ranks[3])?],
+                added: [alloc(if dora { d } else { 0 })?, alloc(if dora { d } else { 0 })?],
             });
         }
         let block_inputs = if purpose == Purpose::Training(Checkpointing::Block) {
@@ -289,6 +336,7 @@ impl<B: Backend> Llama<B> {
                 dh: alloc(f)?,
                 d_gate_up: alloc(2 * f)?,
                 du: alloc(ranks.into_iter().max().unwrap_or(0))?,
+                unrotated: alloc(if dora { self.q_dim() + self.kv_dim() } else { 0 })?,
             })
         } else {
             None
@@ -380,10 +428,16 @@ impl<B: Backend> Llama<B> {
                 backend.attention(layout, c.head_dim, q, k, v, o, &mut s.lse)?;
             }
         }
-        backend.linear(Mat::new(&s.o, n, q_dim), &layer.o, true, MatMut::new(x, n, d))?;
+        let scales = |site| lora.is_some_and(|lora| lora.scales(l, site));
+        let apart = scales(Site::AttentionOut);
+        let out = MatMut::new(if apart { &mut s.added[0] } else { &mut *x }, n, d);
+        backend.linear(Mat::new(&s.o, n, q_dim), &layer.o, !apart, out)?;
         if let Some(lora) = lora {
-            let out = MatMut::new(x, n, d);
+            let out = MatMut::new(if apart { &mut s.added[0] } else { &mut *x }, n, d);
             lora.forward(backend, at(Site::AttentionOut), Mat::new(&s.o, n, q_dim), x_hat, &mut s.u[1], out)?;
+        }
+        if apart {
+            backend.add(Mat::new(&s.added[0], n, d), MatMut::new(x, n, d))?;
         }
 
         if training {
@@ -397,10 +451,15 @@ impl<B: Backend> Llama<B> {
             lora.forward(backend, at(Site::MlpIn), Mat::new(y, n, d), x_hat, &mut s.u[2], out)?;
         }
         backend.swiglu(Mat::new(&s.gate_up, n, 2 * f), MatMut::new(h, n, f))?;
-        backend.linear(Mat::new(h, n, f), &layer.down, true, MatMut::new(x, n, d))?;
+        let apart = scales(Site::MlpMiddle);
+        let out = MatMut::new(if apart { &mut s.added[1] } else { &mut *x }, n, d);
+        backend.linear(Mat::new(h, n, f), &layer.down, !apart, out)?;
         if let Some(lora) = lora {
-            let out = MatMut::new(x, n, d);
+            let out = MatMut::new(if apart { &mut s.added[1] } else { &mut *x }, n, d);
             lora.forward(backend, at(Site::MlpMiddle), Mat::new(h, n, f), x_hat, &mut s.u[3], out)?;
+        }
+        if apart {
+            backend.add(Mat::new(&s.added[1], n, d), MatMut::new(x, n, d))?;
         }
         Ok(())
     }
@@ -418,6 +477,7 @@ impl<B: Backend> Llama<B> {
         kv: &mut KvStore<B>,
         ws: &mut Workspace<B>,
     ) -> Result<()> {
+        check(lora)?;
         self.start(backend, ws, ids, layout)?;
         for layer in 0..self.layers.len() {
             self.forward_layer(backend, &LayerPass { layer, layout, lora, random: None }, Some(&mut *kv), ws)?;
@@ -463,6 +523,7 @@ impl<B: Backend> Llama<B> {
         label_smoothing: f32,
         ws: &mut Workspace<B>,
     ) -> Result<BatchLoss> {
+        check(lora)?;
         self.start(backend, ws, &batch.ids, &batch.layout)?;
         for layer in 0..self.layers.len() {
             let pass = LayerPass { layer, layout: &batch.layout, lora, random: None };
@@ -491,7 +552,12 @@ impl<B: Backend> Llama<B> {
         let d = self.config.hidden_size;
         let random = pass.random;
         let layout = &batch.layout;
+        check(Some(lora))?;
         self.start(backend, ws, &batch.ids, layout)?;
+        if let (Some(random), true) = (random, pass.neftune_alpha > 0.0) {
+            let x = MatMut::new(&mut ws.x, n, d);
+            neftune::add_noise(backend, layout, pass.neftune_alpha, random, x)?;
+        }
         let block = ws.purpose == Purpose::Training(Checkpointing::Block);
         for layer in 0..self.layers.len() {
             if block {
@@ -574,7 +640,7 @@ impl<B: Backend> Llama<B> {
         let set = if ws.saved.len() > 1 { l } else { 0 };
         let Workspace { positions, saved, y, h, x_hat, backward, .. } = ws;
         let s = &mut saved[set];
-        let Some(BackwardBuffers { dx, dt, d_attention, dqkv, dh, d_gate_up, du }) = backward else {
+        let Some(BackwardBuffers { dx, dt, d_attention, dqkv, dh, d_gate_up, du, unrotated }) = backward else {
             panic!("a workspace for inference has no backward")
         };
         let at = |site| SiteAt { model: c, layer: l, site, random };
@@ -582,6 +648,8 @@ impl<B: Backend> Llama<B> {
         // MLP: dx → dh → (d_gate, d_up) → norm → dx
         backend.copy(Mat::new(dx, n, d), MatMut::new(dt, n, d))?;
         backend.swiglu(Mat::new(&s.gate_up, n, 2 * f), MatMut::new(h, n, f))?;
+        let y_down = |_: &Slot, _| Mat::new(&s.added[1], n, d);
+        lora.backward_magnitude(backend, at(Site::MlpMiddle), y_down, MatMut::new(dt, n, d))?;
         backend.linear_backward(Mat::new(dt, n, d), &layer.down, false, MatMut::new(dh, n, f))?;
         lora.backward(
             backend,
@@ -597,6 +665,8 @@ impl<B: Backend> Llama<B> {
             Mat::new(&s.gate_up, n, 2 * f),
             MatMut::new(d_gate_up, n, 2 * f),
         )?;
+        let y_gate_up = |slot: &Slot, column| Mat::new(&s.gate_up, n, 2 * f).columns(column, slot.out_features);
+        lora.backward_magnitude(backend, at(Site::MlpIn), y_gate_up, MatMut::new(d_gate_up, n, 2 * f))?;
         let w = &layer.post_attention_norm;
         backend.rms_norm(Mat::new(&s.x2, n, d), w, c.rms_norm_eps, MatMut::new(y, n, d), &mut s.inv2)?;
         backend.linear_backward(Mat::new(d_gate_up, n, 2 * f), &layer.gate_up, false, MatMut::new(dt, n, d))?;
@@ -613,6 +683,8 @@ impl<B: Backend> Llama<B> {
 
         // Attention: dx → do → (dq, dk, dv) → norm → dx
         backend.copy(Mat::new(dx, n, d), MatMut::new(dt, n, d))?;
+        let y_o = |_: &Slot, _| Mat::new(&s.added[0], n, d);
+        lora.backward_magnitude(backend, at(Site::AttentionOut), y_o, MatMut::new(dt, n, d))?;
         backend.linear_backward(Mat::new(dt, n, d), &layer.o, false, MatMut::new(d_attention, n, q_dim))?;
         lora.backward(
             backend,
@@ -635,6 +707,16 @@ impl<B: Backend> Llama<B> {
         )?;
         let rotated = MatMut::new(dqkv, n, qkv_dim).columns(0, q_dim + kv_dim);
         backend.rope(self.rope(positions), true, rotated)?;
+        if lora.scales(l, Site::AttentionIn) {
+            let rotated = q_dim + kv_dim;
+            backend.copy(Mat::new(&s.qkv, n, qkv_dim).columns(0, rotated), MatMut::new(unrotated, n, rotated))?;
+            backend.rope(self.rope(positions), true, MatMut::new(unrotated, n, rotated))?;
+            let y_qkv = |slot: &Slot, column| {
+                let y = if column < rotated { Mat::new(&*unrotated, n, rotated) } else { Mat::new(&s.qkv, n, qkv_dim) };
+                y.columns(column, slot.out_features)
+            };
+            lora.backward_magnitude(backend, at(Site::AttentionIn), y_qkv, MatMut::new(dqkv, n, qkv_dim))?;
+        }
         let w = &layer.input_norm;
         backend.rms_norm(Mat::new(&s.x1, n, d), w, c.rms_norm_eps, MatMut::new(y, n, d), &mut s.inv1)?;
         // Nothing below the first block is trained: its input needs no gradient.
@@ -656,6 +738,14 @@ impl<B: Backend> Llama<B> {
         }
         Ok(())
     }
+}
+
+/// DoRA's norms must belong to the factors.
+fn check<B: Backend>(lora: Option<&Lora<B>>) -> Result<()> {
+    if lora.and_then(|l| l.dora.as_ref()).is_some_and(|d| !d.current) {
+        return Err(Error::Invalid("the adapter's norms are out of date: Llama::prepare was not called".into()));
+    }
+    Ok(())
 }
 
 struct LayerPass<'a, B: Backend> {

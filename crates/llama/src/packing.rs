@@ -51,6 +51,13 @@ impl PackedBatch {
     pub fn rows(&self) -> usize {
         self.ids.len()
     }
+
+    /// The example that a row belongs to; `None` for a row of the shared prefix.
+    pub fn example_of(&self, row: usize) -> Option<usize> {
+        let shared = self.layout.segments().len() - self.examples;
+        let segment = self.layout.segments().partition_point(|s| s.q_start + s.len <= row);
+        segment.checked_sub(shared)
+    }
 }
 
 fn common(a: &[u32], b: &[u32]) -> usize {
@@ -149,6 +156,8 @@ mod tests {
         let batch = pack(&[&a, &b], &[1, 2, 3], TrainOn::Answer);
         assert_eq!(batch.ids, [1, 2, 3, 10, 20, 9, 11, 21]);
         assert_eq!(batch.layout.positions(), [0, 1, 2, 3, 4, 2, 3, 4]);
+        let owners: Vec<_> = (0..8).map(|row| batch.example_of(row)).collect();
+        assert_eq!(owners, [None, None, None, Some(0), Some(0), Some(1), Some(1), Some(1)]);
         assert_eq!((batch.label_rows, batch.targets), (vec![3, 4, 6, 7], vec![20, 90, 21, 91]));
         assert_eq!((batch.examples, batch.loss_tokens), (2, 4));
     }

@@ -11,6 +11,17 @@ pub enum SchedulerType {
     ConstantWithWarmup,
 }
 
+/// The optimizer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Optimizer {
+    #[default]
+    #[serde(rename = "adamw")]
+    AdamW,
+    /// Moments in 8 bits, as bitsandbytes keeps them.
+    #[serde(rename = "adamw_8bit")]
+    AdamW8bit,
+}
+
 /// When to evaluate or to save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -26,7 +37,10 @@ pub struct TrainingArguments {
     /// Overrides `num_train_epochs` when set.
     pub max_steps: Option<usize>,
     pub per_device_train_batch_size: usize,
+    /// Examples of an evaluation batch when nothing is packed.
+    pub per_device_eval_batch_size: usize,
     pub gradient_accumulation_steps: usize,
+    pub optim: Optimizer,
     pub learning_rate: f64,
     pub lr_scheduler_type: SchedulerType,
     pub warmup_ratio: f64,
@@ -56,6 +70,7 @@ pub struct TrainingArguments {
     pub max_tokens_per_batch: usize,
     pub train_on: cashtag_llama::packing::TrainOn,
     pub label_smoothing_factor: f32,
+    pub neftune_noise_alpha: f32,
     pub loraplus_lr_ratio: f32,
     pub seed: u64,
 }
@@ -66,7 +81,9 @@ impl Default for TrainingArguments {
             num_train_epochs: 3.0,
             max_steps: None,
             per_device_train_batch_size: 4,
+            per_device_eval_batch_size: 16,
             gradient_accumulation_steps: 8,
+            optim: Optimizer::AdamW,
             learning_rate: 2e-4,
             lr_scheduler_type: SchedulerType::Cosine,
             warmup_ratio: 0.03,
@@ -91,6 +108,7 @@ impl Default for TrainingArguments {
             max_tokens_per_batch: 1024,
             train_on: Default::default(),
             label_smoothing_factor: 0.0,
+            neftune_noise_alpha: 0.0,
             loraplus_lr_ratio: 1.0,
             seed: 42,
         }

@@ -5,15 +5,15 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use cashtag_backend::Backend;
 use cashtag_llama::adapter::{Adapter, write_atomically};
 use cashtag_llama::config::LlamaConfig;
-use cashtag_llama::lora::Lora;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::arguments::TrainingArguments;
 use crate::error::{Error, Result};
+use crate::loss_scale::LossScale;
+use crate::optimizer_state::{Expected, OptimizerState, Values};
 use crate::state::TrainerState;
 
 pub const STATE_FILE: &str = "training_state.safetensors";
@@ -26,47 +26,16 @@ pub struct Position {
     /// Micro-batches so far: the counter of the dropout masks.
     pub micro_step: u32,
     pub optimizer_step: u32,
-    pub loss_scale: f32,
-    pub steps_since_overflow: usize,
+    pub loss_scale: LossScale,
+    /// Sum of all step losses.
+    pub total_loss: f64,
+    /// Steps in a row, up to now, that were not finite; and all that were skipped.
+    pub bad_steps: usize,
+    pub skipped_steps: usize,
     /// Sum and number of step losses since the last log entry.
     pub window: (f64, usize),
     /// Arguments, data and model that the run began with, to refuse a continuation of something else.
     pub fingerprint: String,
-}
-
-/// Factors and optimizer states of both groups, in host memory.
-#[derive(Clone, Debug, PartialEq)]
-pub struct OptimizerState {
-    /// `[A, B]`, each `[parameter, m, v]`.
-    pub groups: [[Vec<f32>; 3]; 2],
-}
-
-const NAMES: [[&str; 3]; 2] = [["a.parameter", "a.m", "a.v"], ["b.parameter", "b.m", "b.v"]];
-
-impl OptimizerState {
-    pub fn download<B: Backend>(backend: &B, lora: &Lora<B>) -> Result<Self> {
-        let group = |g: &cashtag_llama::lora::Group<B>| -> Result<[Vec<f32>; 3]> {
-            let Some(t) = &g.training else { return Err(Error::Invalid("the adapter is not trainable".into())) };
-            let mut values = [vec![0.0; g.len], vec![0.0; g.len], vec![0.0; g.len]];
-            for (buffer, out) in [&g.parameter, &t.m, &t.v].into_iter().zip(&mut values) {
-                backend.download(buffer, 0, out)?;
-            }
-            Ok(values)
-        };
-        Ok(Self { groups: [group(&lora.a)?, group(&lora.b)?] })
-    }
-
-    pub fn upload<B: Backend>(&self, backend: &B, lora: &mut Lora<B>) -> Result<()> {
-        for (group, [parameter, m, v]) in [&mut lora.a, &mut lora.b].into_iter().zip(&self.groups) {
-            group.upload(backend, parameter)?;
-            let Some(t) = &mut group.training else {
-                return Err(Error::Invalid("the adapter is not trainable".into()));
-            };
-            backend.upload(m, &mut t.m, 0)?;
-            backend.upload(v, &mut t.v, 0)?;
-        }
-        Ok(())
-    }
 }
 
 fn write_error(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
@@ -97,12 +66,13 @@ pub fn save(
         fs::create_dir_all(&temporary).map_err(write_error(&temporary))?;
         adapter.save(&temporary, model)?;
         let mut views = Vec::new();
-        for (names, group) in NAMES.iter().zip(&optimizer.groups) {
-            for (name, values) in names.iter().zip(group) {
-                let view = TensorView::new(Dtype::F32, vec![values.len()], bytes_of(values))
-                    .map_err(|e| Error::Invalid(e.to_string()))?;
-                views.push((name.to_string(), view));
-            }
+        for (name, values) in &optimizer.tensors {
+            let (dtype, len, bytes) = match values {
+                Values::F32(v) => (Dtype::F32, v.len(), bytes_of(v)),
+                Values::U8(v) => (Dtype::U8, v.len(), &v[..]),
+            };
+            let view = TensorView::new(dtype, vec![len], bytes).map_err(|e| Error::Invalid(e.to_string()))?;
+            views.push((name.clone(), view));
         }
         let text = serde_json::to_string(position).map_err(|e| Error::Invalid(e.to_string()))?;
         let metadata = HashMap::from([("position".to_string(), text)]);
@@ -144,11 +114,11 @@ pub struct Loaded {
     pub optimizer: OptimizerState,
 }
 
-/// Reads one checkpoint; `sizes` are the numbers of A and B parameters that the run has.
+/// Reads one checkpoint; `expected` is what the run's adapter and optimizer need of it.
 ///
 /// # Errors
 /// A file that is missing, damaged or of another run.
-pub fn load(path: &Path, sizes: [usize; 2]) -> Result<Loaded> {
+pub fn load(path: &Path, expected: &[Expected]) -> Result<Loaded> {
     let bad = |what: String| Error::Checkpoint { path: path.to_owned(), what };
     let bytes = fs::read(path.join(STATE_FILE)).map_err(|e| bad(format!("{STATE_FILE}: {e}")))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(format!("{STATE_FILE} is damaged: {e}")))?;
@@ -156,18 +126,25 @@ pub fn load(path: &Path, sizes: [usize; 2]) -> Result<Loaded> {
     let text = header.metadata().as_ref().and_then(|m| m.get("position"));
     let text = text.ok_or_else(|| bad(format!("{STATE_FILE} has no position in it")))?;
     let position: Position = serde_json::from_str(text).map_err(|e| bad(format!("{STATE_FILE}: {e}")))?;
-    let mut groups: [[Vec<f32>; 3]; 2] = Default::default();
-    for ((names, group), size) in NAMES.iter().zip(&mut groups).zip(sizes) {
-        for (name, values) in names.iter().zip(group) {
-            let tensor = file.tensor(name).map_err(|e| bad(format!("{STATE_FILE}: {name}: {e}")))?;
-            if tensor.dtype() != Dtype::F32 || tensor.shape() != [size] {
-                let found = tensor.shape();
-                return Err(bad(format!("{STATE_FILE}: {name} has shape {found:?}, this run needs [{size}]")));
-            }
-            values.extend(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+    let mut tensors = Vec::with_capacity(expected.len());
+    for Expected { name, len, codes } in expected {
+        let tensor = file.tensor(name).map_err(|e| bad(format!("{STATE_FILE}: {name}: {e}")))?;
+        let dtype = if *codes { Dtype::U8 } else { Dtype::F32 };
+        if tensor.dtype() != dtype || tensor.shape() != [*len] {
+            let (found, shape) = (tensor.dtype(), tensor.shape());
+            return Err(bad(format!(
+                "{STATE_FILE}: {name} is {found:?} of shape {shape:?}, this run needs {dtype:?} of [{len}]"
+            )));
         }
+        let values = if *codes {
+            Values::U8(tensor.data().to_vec())
+        } else {
+            let words = tensor.data().chunks_exact(4);
+            Values::F32(words.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        };
+        tensors.push((name.clone(), values));
     }
-    Ok(Loaded { path: path.to_owned(), position, optimizer: OptimizerState { groups } })
+    Ok(Loaded { path: path.to_owned(), position, optimizer: OptimizerState { tensors } })
 }
 
 /// The newest checkpoint that can be read; what is wrong with newer ones is said through `warn`.
@@ -176,14 +153,14 @@ pub fn load(path: &Path, sizes: [usize; 2]) -> Result<Loaded> {
 /// There are checkpoints but none can be read, or the newest readable one belongs to another run.
 pub fn newest(
     run: &Path,
-    sizes: [usize; 2],
+    expected: &[Expected],
     fingerprint: &str,
     mut warn: impl FnMut(String),
 ) -> Result<Option<Loaded>> {
     let all = list(run);
     let mut last = None;
     for (_, path) in all.iter().rev() {
-        match load(path, sizes) {
+        match load(path, expected) {
             Ok(loaded) if loaded.position.fingerprint == fingerprint => return Ok(Some(loaded)),
             Ok(_) => {
                 let what = "it belongs to a run with other data, model or arguments\n  hint: choose another --output-dir, or the configuration that the run began with".into();

@@ -17,11 +17,19 @@ pub enum Error {
     #[error("{}: {what}", path.display())]
     Checkpoint { path: PathBuf, what: String },
     #[error(
-        "step {step}: loss or gradient is not finite for the {times}th time in a row (examples {examples:?})\n  hint: lower learning_rate, raise warmup_steps, or use bf16 or f32; the last good checkpoint is kept"
+        "step {step}: the loss or its gradient is not finite for the {times}th time in a row (examples {examples})\n  hint: lower learning_rate, raise warmup_steps, or compute in bf16 or f32; {}",
+        kept(last_good)
     )]
-    NotFinite { step: usize, times: usize, examples: Vec<usize> },
+    NotFinite { step: usize, times: usize, examples: String, last_good: Option<PathBuf> },
     #[error("{0}")]
     Invalid(String),
 }
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+fn kept(last_good: &Option<PathBuf>) -> String {
+    match last_good {
+        Some(path) => format!("the last good checkpoint is {}", path.display()),
+        None => "no checkpoint was saved before".into(),
+    }
+}

@@ -4,6 +4,8 @@
 //! - [`schedule`]: learning rates.
 //! - [`order`]: which examples make up which optimizer step, as a function of seed and epoch.
 //! - [`Trainer`]: steps, gradient clipping, evaluation, checkpoints, early stopping, resume.
+//! - [`LossScale`]: dynamic loss scaling for fp16.
+//! - [`tensorboard`]: event files that TensorBoard opens.
 //! - [`checkpoint`]: `checkpoint-N/` directories with PEFT files, `trainer_state.json` and the exact state in safetensors.
 //!
 //! Invariant: a step covers exactly `per_device_train_batch_size × gradient_accumulation_steps` examples and its gradient is
@@ -12,12 +14,17 @@
 mod arguments;
 pub mod checkpoint;
 mod error;
+mod loss_scale;
+mod optimizer_state;
 pub mod order;
 pub mod schedule;
 mod state;
+pub mod tensorboard;
 mod trainer;
 
-pub use arguments::{SaveStrategy, SchedulerType, TrainingArguments};
+pub use arguments::{Optimizer, SaveStrategy, SchedulerType, TrainingArguments};
 pub use error::{Error, Result};
+pub use loss_scale::LossScale;
+pub use optimizer_state::{Expected, OptimizerState, Values};
 pub use state::{LogEntry, TrainerState};
 pub use trainer::{EndReason, Observer, StepReport, TrainOutcome, Trainer};

@@ -9,9 +9,11 @@ use cashtag_llama::lora::Lora;
 use cashtag_llama::model::{Checkpointing, Llama, Purpose, TrainPass, Workspace};
 use cashtag_llama::packing::{TokenizedExample, bins, pack, shared_tokens};
 
-use crate::arguments::{SaveStrategy, TrainingArguments};
-use crate::checkpoint::{self, OptimizerState, Position};
+use crate::arguments::{Optimizer, SaveStrategy, TrainingArguments};
+use crate::checkpoint::{self, Position};
 use crate::error::{Error, Result};
+use crate::loss_scale::{self, LossScale};
+use crate::optimizer_state::OptimizerState;
 use crate::order::step_examples;
 use crate::schedule::learning_rate;
 use crate::state::{LogEntry, TrainerState};
@@ -36,6 +38,8 @@ pub struct StepReport {
 /// Who watches a run. All methods have a default that does nothing.
 pub trait Observer<B: Backend> {
     fn step(&mut self, _report: &StepReport) {}
+    /// The loop begins behind this step.
+    fn begin(&mut self, _step: usize) {}
     /// A new entry of `log_history`.
     fn log(&mut self, _entry: &LogEntry) {}
     /// More metrics of an evaluation, by names that begin with `eval_`.
@@ -46,6 +50,10 @@ pub trait Observer<B: Backend> {
         Ok(LogEntry::new())
     }
     fn saved(&mut self, _path: &Path) {}
+    /// How a person finds a training example again, in messages about it.
+    fn name_example(&self, index: usize) -> String {
+        index.to_string()
+    }
     fn warn(&mut self, _message: &str) {}
     /// Asked after each step; `true` saves a checkpoint and ends the run.
     fn should_stop(&mut self) -> bool {
@@ -68,13 +76,17 @@ pub struct TrainOutcome {
     pub seconds: f64,
     /// Step whose parameters the adapter holds now (the best one if that was asked for).
     pub step: usize,
+    /// Steps that were not finite and changed nothing.
     pub skipped_steps: usize,
+    /// Seconds of this process that the trainer itself took: packing, logging, checkpoints; all but the model's passes, the
+    /// optimizer and evaluations.
+    pub own_seconds: f64,
 }
 
 /// Steps in a row that may overflow or be NaN before the run gives up.
 const MAX_BAD_STEPS: usize = 8;
-const FIRST_LOSS_SCALE: f32 = 65536.0;
-const LOSS_SCALE_GROWTH: usize = 2000;
+/// Examples that a message names.
+const NAMED: usize = 8;
 
 /// A run: a frozen model, an adapter in training, the data, and where the files go.
 pub struct Trainer<'a, B: Backend> {
@@ -94,21 +106,31 @@ pub struct Trainer<'a, B: Backend> {
     pub fingerprint: String,
     /// Go on from the newest checkpoint in `run_dir` if there is one.
     pub resume: bool,
+    /// What dynamic loss scaling begins with; `None` is 65536 where fp16 is computed in, and none elsewhere.
+    pub loss_scale: Option<f32>,
 }
 
 struct Loop {
     position: Position,
     order: Option<(usize, Vec<usize>)>,
-    bad_steps: usize,
-    skipped: usize,
     started: Instant,
+    /// Seconds on the device, and of evaluations.
+    device: f64,
     early_stop: bool,
+}
+
+/// Seconds of `work`, added to `total`.
+fn timed<T>(total: &mut f64, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = work();
+    *total += start.elapsed().as_secs_f64();
+    result
 }
 
 impl<B: Backend> Trainer<'_, B> {
     /// Rows of the largest micro-batch: what the workspace must hold. A step is never more than its examples, whatever the
     /// token budget would allow.
-    fn capacity(&self) -> usize {
+    pub fn capacity(&self) -> usize {
         let a = &self.arguments;
         let shared = |e: &TokenizedExample| shared_tokens(e, &self.prefix, a.train_on);
         let longest = self.train.iter().chain(&self.eval).map(|e| e.tokens.len()).max().unwrap_or(1);
@@ -123,7 +145,8 @@ impl<B: Backend> Trainer<'_, B> {
         (largest + self.prefix.len()).min(budget).max(longest)
     }
 
-    fn micro_batches(&self, examples: &[&TokenizedExample]) -> Vec<std::ops::Range<usize>> {
+    /// How the examples of a step are cut.
+    pub fn micro_batches(&self, examples: &[&TokenizedExample]) -> Vec<std::ops::Range<usize>> {
         let a = &self.arguments;
         let (tokens, count) =
             if a.packing { (a.max_tokens_per_batch, usize::MAX) } else { (usize::MAX, a.per_device_train_batch_size) };
@@ -143,6 +166,9 @@ impl<B: Backend> Trainer<'_, B> {
         }
         std::fs::create_dir_all(&self.run_dir).map_err(|source| Error::Write { path: self.run_dir.clone(), source })?;
         let total = self.arguments.total_steps(n);
+        if self.arguments.optim == Optimizer::AdamW8bit {
+            self.lora.use_8bit_moments(self.backend)?;
+        }
         let mut ws = self.model.workspace(
             self.backend,
             self.capacity(),
@@ -150,30 +176,36 @@ impl<B: Backend> Trainer<'_, B> {
             Some(&self.lora),
         )?;
         let fp16 = self.backend.compute_dtype() == Dtype::F16;
+        let first_scale = self.loss_scale.or(fp16.then_some(loss_scale::FIRST));
         let mut l = Loop {
             position: Position {
                 state: TrainerState { max_steps: total, ..Default::default() },
                 micro_step: 0,
                 optimizer_step: 0,
-                loss_scale: if fp16 { FIRST_LOSS_SCALE } else { 1.0 },
-                steps_since_overflow: 0,
+                loss_scale: LossScale::new(first_scale),
+                total_loss: 0.0,
+                bad_steps: 0,
+                skipped_steps: 0,
                 window: (0.0, 0),
                 fingerprint: self.fingerprint.clone(),
             },
             order: None,
-            bad_steps: 0,
-            skipped: 0,
             started: Instant::now(),
+            device: 0.0,
             early_stop: false,
         };
         if self.resume {
-            let sizes = [self.lora.a.len, self.lora.b.len];
-            if let Some(found) = checkpoint::newest(&self.run_dir, sizes, &self.fingerprint, |w| observer.warn(&w))? {
+            let expected = OptimizerState::expected(&self.lora)?;
+            let found = checkpoint::newest(&self.run_dir, &expected, &self.fingerprint, |w| observer.warn(&w))?;
+            if let Some(found) = found {
                 found.optimizer.upload(self.backend, &mut self.lora)?;
                 l.position = found.position;
                 l.early_stop = self.is_out_of_patience(&l.position.state);
             }
         }
+        self.model.prepare(self.backend, &mut self.lora)?;
+        let begun = l.position.state.global_step;
+        observer.begin(begun);
         let mut reason = EndReason::Finished;
         while l.position.state.global_step < total {
             if l.early_stop {
@@ -198,7 +230,9 @@ impl<B: Backend> Trainer<'_, B> {
             let keep_best = a.load_best_model_at_end && a.eval_strategy != SaveStrategy::No;
             let mut better = false;
             if (evaluate || (step == total && keep_best)) && !self.eval.is_empty() {
+                let start = Instant::now();
                 better = self.evaluate(&mut l, &mut ws, observer)?;
+                l.device += start.elapsed().as_secs_f64();
                 l.early_stop = self.is_out_of_patience(&l.position.state);
             }
             let stop = observer.should_stop();
@@ -215,18 +249,29 @@ impl<B: Backend> Trainer<'_, B> {
             reason = EndReason::EarlyStopped;
         }
         let mut step = l.position.state.global_step;
+        if reason != EndReason::Interrupted && step > begun {
+            self.log_end(&mut l, step - begun, observer);
+        }
         if reason != EndReason::Interrupted
             && self.arguments.load_best_model_at_end
-            && let (Some(best), Some(dir)) =
-                (l.position.state.best_global_step, &l.position.state.best_model_checkpoint)
+            && let Some(best) = l.position.state.best_global_step
             && best != step
         {
-            let best_state = checkpoint::load(Path::new(dir), [self.lora.a.len, self.lora.b.len])?;
-            best_state.optimizer.upload(self.backend, &mut self.lora)?;
-            step = best;
+            let dir = self.run_dir.join(format!("checkpoint-{best}"));
+            match checkpoint::load(&dir, &OptimizerState::expected(&self.lora)?) {
+                Ok(found) => {
+                    found.optimizer.upload(self.backend, &mut self.lora)?;
+                    self.model.prepare(self.backend, &mut self.lora)?;
+                    step = best;
+                }
+                // The last step is better than nothing after hours of training.
+                Err(e) => observer.warn(&format!("{e}; the adapter stays at step {step}, not the best step {best}")),
+            }
         }
         let seconds = l.started.elapsed().as_secs_f64();
-        Ok(TrainOutcome { reason, state: l.position.state, seconds, step, skipped_steps: l.skipped })
+        let own_seconds = (seconds - l.device).max(0.0);
+        let skipped_steps = l.position.skipped_steps;
+        Ok(TrainOutcome { reason, state: l.position.state, seconds, step, skipped_steps, own_seconds })
     }
 
     fn is_out_of_patience(&self, state: &TrainerState) -> bool {
@@ -246,30 +291,35 @@ impl<B: Backend> Trainer<'_, B> {
         let n = self.train.len();
         let step = l.position.state.global_step;
         let chosen = step_examples(n, a.examples_per_step(), a.seed, step, &mut l.order);
-        self.lora.zero_grad(self.backend)?;
+        timed(&mut l.device, || self.lora.zero_grad(self.backend))?;
         let (mut loss, mut tokens, mut rows) = (0.0, 0.0, 0);
+        // Those whose own loss is not finite.
+        let mut culprits: Vec<usize> = Vec::new();
         {
             let examples: Vec<&TokenizedExample> = chosen.iter().map(|&i| &self.train[i]).collect();
-            let batches = self.micro_batches(&examples);
-            let packed: Vec<_> =
-                batches.into_iter().map(|range| pack(&examples[range], &self.prefix, a.train_on)).collect();
-            for batch in &packed {
+            for range in self.micro_batches(&examples) {
+                let batch = pack(&examples[range.clone()], &self.prefix, a.train_on);
                 let pass = TrainPass {
                     random: Some((a.seed, l.position.micro_step)),
                     label_smoothing: a.label_smoothing_factor,
-                    loss_scale: l.position.loss_scale,
+                    loss_scale: l.position.loss_scale.scale,
+                    neftune_alpha: a.neftune_noise_alpha,
                 };
-                let losses = self.model.forward_backward(self.backend, batch, &mut self.lora, pass, ws)?;
+                let (model, lora) = (self.model, &mut self.lora);
+                let losses = timed(&mut l.device, || model.forward_backward(self.backend, &batch, lora, pass, ws))?;
                 l.position.micro_step += 1;
                 loss += losses.sum();
                 tokens += batch.weights.iter().map(|&w| f64::from(w)).sum::<f64>();
                 rows += batch.rows();
+                for (row, _) in batch.label_rows.iter().zip(&losses.rows).filter(|(_, loss)| !loss.is_finite()) {
+                    culprits.extend(batch.example_of(*row as usize).map(|i| chosen[range.start + i]));
+                }
             }
         }
         let tokens = if tokens > 0.0 { tokens } else { 1.0 };
         let loss = loss / tokens;
-        let unscale = 1.0 / (tokens * f64::from(l.position.loss_scale));
-        let grad_norm = self.lora.grad_norm(self.backend)? * unscale;
+        let unscale = 1.0 / (tokens * f64::from(l.position.loss_scale.scale));
+        let grad_norm = timed(&mut l.device, || self.lora.grad_norm(self.backend))? * unscale;
         let rate = learning_rate(&a, step, total);
         if loss.is_finite() && grad_norm.is_finite() {
             let clip = if a.max_grad_norm > 0.0 && grad_norm > a.max_grad_norm {
@@ -287,42 +337,30 @@ impl<B: Backend> Trainer<'_, B> {
                 step: l.position.optimizer_step,
                 gradient_scale: (unscale * clip) as f32,
             };
-            self.lora.step(self.backend, hyper, a.loraplus_lr_ratio)?;
-            l.bad_steps = 0;
-            l.position.steps_since_overflow += 1;
-            let scaled = l.position.loss_scale != 1.0 || self.backend.compute_dtype() == Dtype::F16;
-            if scaled && l.position.steps_since_overflow >= LOSS_SCALE_GROWTH {
-                l.position.loss_scale *= 2.0;
-                l.position.steps_since_overflow = 0;
-            }
+            let (backend, model, lora) = (self.backend, self.model, &mut self.lora);
+            timed(&mut l.device, || -> Result<()> {
+                lora.step(backend, hyper, a.loraplus_lr_ratio)?;
+                Ok(model.prepare(backend, lora)?)
+            })?;
+            l.position.bad_steps = 0;
+            l.position.loss_scale.stepped();
+            l.position.total_loss += loss;
             l.position.window.0 += loss;
             l.position.window.1 += 1;
         } else {
-            l.bad_steps += 1;
-            l.skipped += 1;
-            l.position.steps_since_overflow = 0;
-            let fp16 = self.backend.compute_dtype() == Dtype::F16;
-            if l.bad_steps > MAX_BAD_STEPS {
-                return Err(Error::NotFinite { step: step + 1, times: l.bad_steps, examples: chosen });
-            }
-            if fp16 && loss.is_finite() {
-                l.position.loss_scale = (l.position.loss_scale / 2.0).max(1.0);
-                observer.warn(&format!(
-                    "step {}: gradients overflowed in fp16; skipped, loss scale is now {}",
-                    step + 1,
-                    l.position.loss_scale
-                ));
-            } else {
-                observer.warn(&format!(
-                    "step {}: loss {loss} and gradient norm {grad_norm} are not finite; skipped (examples {chosen:?})",
-                    step + 1
-                ));
-            }
+            culprits.sort_unstable();
+            culprits.dedup();
+            self.skip(l, step, (loss, grad_norm), if culprits.is_empty() { &chosen } else { &culprits }, observer)?;
         }
         let state = &mut l.position.state;
         state.global_step += 1;
         state.epoch = epoch_of(state.global_step, n, a.examples_per_step());
         state.num_input_tokens_seen += rows as u64;
+        // As Transformers estimates it: six operations a token and parameter, embeddings left out.
+        let c = self.model.config();
+        let tables = if c.tie_word_embeddings { 1 } else { 2 };
+        let parameters = c.parameters() - (tables * c.vocab_size * c.hidden_size) as u64;
+        state.total_flos += 6.0 * rows as f64 * parameters as f64;
         Ok(StepReport {
             step: state.global_step,
             total_steps: total,
@@ -334,6 +372,43 @@ impl<B: Backend> Trainer<'_, B> {
             rows,
             seconds: start.elapsed().as_secs_f64(),
         })
+    }
+
+    /// A step that changes nothing, because its loss or gradient is not finite.
+    ///
+    /// # Errors
+    /// Too many of them in a row.
+    fn skip(
+        &self,
+        l: &mut Loop,
+        step: usize,
+        found: (f64, f64),
+        examples: &[usize],
+        observer: &mut dyn Observer<B>,
+    ) -> Result<()> {
+        let (loss, grad_norm) = found;
+        l.position.skipped_steps += 1;
+        // An overflow that a smaller scale mends is no sign of trouble: fp16 begins with a scale that is too large.
+        if loss.is_finite() && l.position.loss_scale.overflowed() {
+            let scale = l.position.loss_scale.scale;
+            observer.warn(&format!("step {}: gradients overflowed; skipped, the loss scale is now {scale}", step + 1));
+            return Ok(());
+        }
+        l.position.bad_steps += 1;
+        let mut named: Vec<String> = examples.iter().take(NAMED).map(|&i| observer.name_example(i)).collect();
+        if examples.len() > NAMED {
+            named.push(format!("and {} more", examples.len() - NAMED));
+        }
+        let (named, times) = (named.join(", "), l.position.bad_steps);
+        if times > MAX_BAD_STEPS {
+            let last_good = checkpoint::list(&self.run_dir).pop().map(|(_, path)| path);
+            return Err(Error::NotFinite { step: step + 1, times, examples: named, last_good });
+        }
+        observer.warn(&format!(
+            "step {}: loss {loss}, gradient norm {grad_norm}: not finite, skipped (examples {named})",
+            step + 1
+        ));
+        Ok(())
     }
 
     fn log_window(&self, l: &mut Loop, report: &StepReport, observer: &mut dyn Observer<B>) {
@@ -352,29 +427,59 @@ impl<B: Backend> Trainer<'_, B> {
         l.position.state.log_history.push(entry);
     }
 
+    /// The last entry, as Transformers writes it: how long `steps` steps of this process took, and the mean loss of all.
+    fn log_end(&self, l: &mut Loop, steps: usize, observer: &mut dyn Observer<B>) {
+        let seconds = l.started.elapsed().as_secs_f64().max(1e-9);
+        let good = (l.position.state.global_step - l.position.skipped_steps).max(1);
+        let examples = steps * self.arguments.examples_per_step().min(self.train.len());
+        let state = &mut l.position.state;
+        let entry = LogEntry::from([
+            ("epoch".into(), state.epoch),
+            ("step".into(), state.global_step as f64),
+            ("total_flos".into(), state.total_flos),
+            ("train_loss".into(), l.position.total_loss / good as f64),
+            ("train_runtime".into(), seconds),
+            ("train_samples_per_second".into(), examples as f64 / seconds),
+            ("train_steps_per_second".into(), steps as f64 / seconds),
+        ]);
+        observer.log(&entry);
+        state.log_history.push(entry);
+    }
+
     /// Mean loss of a label token over the evaluation part, without dropout.
+    ///
+    /// # Errors
+    /// The device fails.
     pub fn eval_loss(&self, ws: &mut Workspace<B>) -> Result<f64> {
+        Ok(self.eval_batches(ws)?.0)
+    }
+
+    /// As [`eval_loss`](Self::eval_loss), with the number of batches.
+    fn eval_batches(&self, ws: &mut Workspace<B>) -> Result<(f64, usize)> {
         let examples: Vec<&TokenizedExample> = self.eval.iter().collect();
         let a = &self.arguments;
-        let (mut loss, mut tokens) = (0.0, 0.0);
-        for range in bins(&examples, &self.prefix, a.train_on, self.capacity(), usize::MAX) {
+        let most = if a.packing { usize::MAX } else { a.per_device_eval_batch_size };
+        let (mut loss, mut tokens, mut batches) = (0.0, 0.0, 0);
+        for range in bins(&examples, &self.prefix, a.train_on, self.capacity(), most) {
+            batches += 1;
             let batch = pack(&examples[range], &self.prefix, a.train_on);
             loss += self.model.loss(self.backend, &batch, Some(&self.lora), 0.0, ws)?.sum();
             tokens += batch.weights.iter().map(|&w| f64::from(w)).sum::<f64>();
         }
-        Ok(loss / f64::max(tokens, 1.0))
+        Ok((loss / f64::max(tokens, 1.0), batches))
     }
 
     /// Evaluates, logs, keeps score; whether this is the best so far.
     fn evaluate(&mut self, l: &mut Loop, ws: &mut Workspace<B>, observer: &mut dyn Observer<B>) -> Result<bool> {
         let start = Instant::now();
-        let loss = self.eval_loss(ws)?;
+        let (loss, batches) = self.eval_batches(ws)?;
         let mut entry = observer.evaluate(&self.lora)?;
         let seconds = start.elapsed().as_secs_f64();
         let state = &mut l.position.state;
         entry.insert("eval_loss".into(), loss);
         entry.insert("eval_runtime".into(), seconds);
         entry.insert("eval_samples_per_second".into(), self.eval.len() as f64 / seconds.max(1e-9));
+        entry.insert("eval_steps_per_second".into(), batches as f64 / seconds.max(1e-9));
         entry.insert("epoch".into(), state.epoch);
         entry.insert("step".into(), state.global_step as f64);
         observer.log(&entry);

@@ -2,7 +2,7 @@
 // stylesheet, so themes and print follow; a chart redraws at most twice a second.
 import uPlot from "uplot";
 import { h, setAttr } from "../dom.ts";
-import { finite, hourMinute, signed, count } from "../format.ts";
+import { finite, hourMinute, posts, signed, count } from "../format.ts";
 import { throttled } from "../frames.ts";
 import type { Signal } from "../types.ts";
 
@@ -115,7 +115,7 @@ export class HistoryChart {
     const cursor: uPlot.Cursor = { sync, y: false, points: { show: false }, drag: { x: false, y: false } };
     const line = colour("--ink");
     this.score = new uPlot({
-      width, height: this.options.score, legend: { show: false }, cursor, padding: [8, 8, 0, 0],
+      width, height: this.options.score, legend: { show: false }, cursor, padding: [8, 8, 8, 0],
       scales: { x: { time: true }, y: { range: [-1, 1] } },
       axes: [{ ...x, show: this.options.volume === 0 },
         { stroke: ink, font: AXIS_FONT, size: 40, grid, ticks: { show: false }, splits: () => [-1, -0.5, 0, 0.5, 1], values: (_, v) => v.map((n) => signed(n, 1)) }],
@@ -145,7 +145,7 @@ export class HistoryChart {
       return;
     }
     const value = finite(s.sentiment_score) === null ? "thin data" : `${signed(s.sentiment_score)} (${signed(s.ci_low)} to ${signed(s.ci_high)})`;
-    const text = `${hourMinute(s.start)}–${hourMinute(s.end)} · ${value} · ${count(s.mentions)} posts: ${count(s.positive_count)} ▲ ${count(s.neutral_count)} ■ ${count(s.negative_count)} ▼`;
+    const text = `${hourMinute(s.start)}–${hourMinute(s.end)} · ${value} · ${posts(s.mentions)}: ${count(s.positive_count)} ▲ ${count(s.neutral_count)} ■ ${count(s.negative_count)} ▼`;
     if (this.legend.textContent !== text) this.legend.textContent = text;
   }
 

@@ -13,7 +13,7 @@ export class VirtualList<T> {
   private readonly resize: ResizeObserver;
 
   constructor(private readonly rowHeight: () => number, private readonly make: () => Row<T>, private readonly key: string) {
-    this.node = h("div", { class: "virtual", tabindex: "-1" }, this.inner);
+    this.node = h("div", { class: "virtual" }, this.inner);
     this.node.addEventListener("scroll", () => this.redraw(), { passive: true });
     this.resize = new ResizeObserver(() => this.redraw());
     this.resize.observe(this.node);

@@ -2,7 +2,7 @@
 // behind it is well.
 import { api } from "../api.ts";
 import { h, setAttr, setChildren, setText } from "../dom.ts";
-import { arrow, clock, count, finite, hourMinute, milliseconds, percent, rate, signed, times, WINDOW_WORDS } from "../format.ts";
+import { arrow, clock, count, finite, hourMinute, milliseconds, percent, posts, rate, signed, times, WINDOW_WORDS } from "../format.ts";
 import { onFrame, throttled } from "../frames.ts";
 import { HistoryChart } from "../parts/chart.ts";
 import { Feed } from "../parts/feed.ts";
@@ -52,7 +52,7 @@ function market(scope: Scope): HTMLElement {
   const authors = figure("Authors");
   const bulls = figure("Bullish", "Share of posts that are positive");
   const bears = figure("Bearish", "Share of posts that are negative");
-  const chart = new HistoryChart({ score: 190, volume: 70, label: "Market score" });
+  const chart = new HistoryChart({ score: 214, volume: 76, label: "Market score" });
   scope.add(() => chart.destroy());
   draws(scope, ["market", "window", "snapshot"], "market", 250, () => {
     const s = store.market;
@@ -60,7 +60,7 @@ function market(scope: Scope): HTMLElement {
     const empty = { sentiment_score: null, ci_low: null, ci_high: null, mentions: 0 };
     number.update(s ?? empty);
     line.update(s ?? empty);
-    setText(trend, s && s.trend ? `${arrow(s.trend)} ${s.trend}${finite(s.momentum) === null ? "" : `, ${signed(s.momentum)} against the window before`}` : "");
+    setText(trend, s && s.trend ? `${arrow(s.trend)} ${s.trend}${finite(s.momentum) === null ? "" : `, ${signed(s.momentum)} against the windows before`}` : "");
     mentions.set(count(s?.mentions), s && s.copies ? `${count(s.copies)} copies` : "");
     authors.set(count(s?.unique_authors));
     bulls.set(percent(s?.bullish_pct));
@@ -82,6 +82,9 @@ export function ends(): HTMLElement {
   return h("div", { class: "ends", "aria-hidden": "true" }, h("span", null, "−1 bearish"), h("span", null, "0"), h("span", null, "bullish +1"));
 }
 
+/** `health_care` as people write it. */
+export const words = (key: string): string => key.replaceAll("_", " ");
+
 function sectors(scope: Scope): HTMLElement {
   const grid = h("ul", { class: "tiles", role: "list" });
   const tiles = new Map<string, { node: HTMLElement; update: (s: Signal) => void }>();
@@ -92,7 +95,7 @@ function sectors(scope: Scope): HTMLElement {
     const note = h("span", { class: "tile-note" });
     const trend = h("span", { class: "tile-trend" });
     const node = h("li", null, h("a", { class: "tile", href: `#/sector/${encodeURIComponent(s.key)}` },
-      h("span", { class: "tile-name" }, s.name ?? s.key), small.node,
+      h("span", { class: "tile-name" }, words(s.name ?? s.key)), small.node,
       h("span", { class: "tile-score" }, number.node, trend), line.node, note));
     return {
       node,
@@ -102,7 +105,9 @@ function sectors(scope: Scope): HTMLElement {
         small.update(next.sparkline);
         setText(trend, arrow(next.trend));
         setAttr(trend, "title", next.trend);
-        setText(note, `${count(next.mentions)} posts${finite(next.attention) === null ? "" : ` · attention ${times(next.attention)}`}`);
+        const current = store.isCurrent(next);
+        setAttr(node, "data-old", current ? null : "");
+        setText(note, !current ? `quiet since ${hourMinute(next.end)}` : `${posts(next.mentions)}${finite(next.attention) === null ? "" : ` · attention ${times(next.attention)}`}`);
       },
     };
   };
@@ -120,7 +125,7 @@ function sectors(scope: Scope): HTMLElement {
   return h("section", { "aria-labelledby": "sectors-title", class: "sectors" }, h("h2", { id: "sectors-title" }, "Sectors"), grid);
 }
 
-/** The order the server uses: change of the score times how many speak of it. */
+/** The order the server uses, change of the score times how many speak of it; the rest by how many speak of it. */
 function weight(s: Signal): number {
   return Math.abs(finite(s.momentum) ?? 0) * (finite(s.mentions) ?? 0);
 }
@@ -168,7 +173,7 @@ function movers(scope: Scope): HTMLElement {
   const sort = (): void => {
     // Nothing moves under a pointer or a focus.
     if (order.length > 0 && (body.matches(":hover") || body.contains(document.activeElement))) return;
-    order = [...store.tickers.values()].filter((s) => (finite(s.mentions) ?? 0) > 0)
+    order = [...store.tickers.values()].filter((s) => (finite(s.mentions) ?? 0) > 0 && store.isCurrent(s))
       .sort((a, b) => weight(b) - weight(a) || b.mentions - a.mentions || a.key.localeCompare(b.key)).slice(0, MOVERS).map((s) => s.key);
     for (const key of [...rows.keys()]) if (!order.includes(key)) rows.delete(key);
   };
@@ -204,7 +209,7 @@ function alerts(scope: Scope): HTMLElement {
   const empty = h("p", { class: "empty" }, "No alerts so far.");
   draws(scope, ["alerts", "snapshot"], "alerts", 500, () => {
     setChildren(list, store.alerts.slice(0, 8).map((a) => h("li", { class: "alert" },
-      h("time", { datetime: a.at }, clock(a.at)), h("a", { href: `#/ticker/${encodeURIComponent(a.key)}`, class: "symbol" }, a.key), h("span", null, a.text))));
+      h("time", { datetime: a.at }, hourMinute(a.at)), h("a", { href: `#/ticker/${encodeURIComponent(a.key)}`, class: "symbol" }, a.key), h("span", null, a.text))));
     setAttr(empty, "hidden", store.alerts.length ? "" : null);
   });
   return h("section", { class: "panel", "aria-labelledby": "alerts-title" }, h("h2", { id: "alerts-title" }, "Alerts"), list, empty);
@@ -231,7 +236,7 @@ function health(scope: Scope): HTMLElement {
   draws(scope, ["sources", "snapshot"], "health", 1000, () => {
     setChildren(list, [...store.sources.values()].slice(0, 50).map((s) => h("li", { "data-state": s.state },
       h("span", { class: "source-name" }, h("span", { class: "source-sign", "aria-hidden": "true" }, STATE_SIGN[s.state] ?? "?"), ` ${s.name}`),
-      h("span", { class: "quiet" }, [s.state, rate(s.posts_per_s), `${count(s.posts_total)} posts`, s.reconnects ? `${count(s.reconnects)} reconnects` : "", s.detail ?? ""].filter(Boolean).join(" · ")))));
+      h("span", { class: "quiet" }, [s.state, rate(s.posts_per_s), posts(s.posts_total), s.reconnects ? `${count(s.reconnects)} reconnects` : "", s.detail ?? ""].filter(Boolean).join(" · ")))));
     received.set(milliseconds(store.lag?.event_to_received_ms_p50), "median");
     visible.set(milliseconds(store.lag?.received_to_visible_ms_p50), `99 % under ${milliseconds(store.lag?.received_to_visible_ms_p99)}`);
     dead.set(count(store.deadLetters));

@@ -2,13 +2,13 @@
 // posts with their probabilities, those with the most weight marked.
 import { api, ApiError } from "../api.ts";
 import { h, setAttr, setText } from "../dom.ts";
-import { arrow, count, finite, hourMinute, percent, signed, times, WINDOW_WORDS } from "../format.ts";
+import { arrow, count, finite, hourMinute, percent, posts, signed, times, WINDOW_WORDS } from "../format.ts";
 import { HistoryChart } from "../parts/chart.ts";
 import { Feed } from "../parts/feed.ts";
 import { scale, score } from "../parts/scale.ts";
 import { store } from "../store.ts";
 import type { Post, Scope as SignalScope, Signal } from "../types.ts";
-import { draws, ends, figure } from "./overview.ts";
+import { draws, ends, figure, words } from "./overview.ts";
 import { Scope, type View } from "./view.ts";
 
 const EMPTY = { sentiment_score: null, ci_low: null, ci_high: null, mentions: 0 };
@@ -26,17 +26,18 @@ export function ticker(key: string, kind: SignalScope & ("ticker" | "sector")): 
     authors: figure("Authors", "Different authors"),
     attention: figure("Attention", "Posts against the usual number at this hour; z is the distance in standard deviations"),
     buzz: figure("Buzz", "0 to 100"),
-    momentum: figure("Change", "Score against the window before"),
+    momentum: figure("Change", "Score against the windows before"),
     sides: figure("Bullish / bearish", "Share of posts that are positive / negative"),
     copies: figure("Copies", "Retweets and copies of a text already seen; they count with less weight"),
     damped: figure("Damped", "Posts of authors who post in bursts; they count with less weight"),
   };
   draws(scope, [kind === "ticker" ? "tickers" : "sectors", "window", "snapshot"], "ticker-now", 250, () => {
     const s = latest();
-    setText(name, [s?.name, `last ${WINDOW_WORDS[store.window]}`, s ? `${hourMinute(s.start)} to ${hourMinute(s.end)}${s.final ? "" : ", still filling"}` : ""].filter(Boolean).join(" · "));
+    const over = s !== undefined && !store.isCurrent(s);
+    setText(name, [s?.name, over ? `quiet since ${hourMinute(s.end)}` : `last ${WINDOW_WORDS[store.window]}`, s && !over ? `${hourMinute(s.start)} to ${hourMinute(s.end)}${s.final ? "" : ", still filling"}` : ""].filter(Boolean).join(" · "));
     number.update(s ?? EMPTY);
     line.update(s ?? EMPTY);
-    setText(note, !s ? "" : finite(s.sentiment_score) === null ? `Too few posts for a score: ${count(s.mentions)}.`
+    setText(note, !s ? "" : finite(s.sentiment_score) === null ? `Too few for a score: ${posts(s.mentions)} from ${hourMinute(s.start)} to ${hourMinute(s.end)}.`
       : [s.trend ? `${arrow(s.trend)} ${s.trend}` : "", s.revision > 0 && s.final ? `corrected ${s.revision}× by late posts` : ""].filter(Boolean).join(" · "));
     figures.mentions.set(count(s?.mentions), s ? `${count(s.positive_count)} ▲ ${count(s.neutral_count)} ■ ${count(s.negative_count)} ▼` : "");
     figures.authors.set(count(s?.unique_authors));
@@ -96,13 +97,13 @@ export function ticker(key: string, kind: SignalScope & ("ticker" | "sector")): 
   const node = h("div", { class: "ticker" },
     h("section", { class: "panel market", "aria-labelledby": "ticker-title" },
       h("div", { class: "market-now" },
-        h("div", { class: "title stacked" }, h("h1", { id: "ticker-title", class: kind === "ticker" ? "symbol" : "" }, key), name),
+        h("div", { class: "title stacked" }, h("h1", { id: "ticker-title", class: kind }, words(key)), name),
         h("div", { class: "hero" }, number.node), h("div", { class: "gauge" }, line.node, ends()), note),
       h("div", null, missing, chart.node, table)),
     h("dl", { class: "panel figures wide" }, ...Object.values(figures).map((f) => f.node)),
     h("section", { class: "panel live tall", "aria-labelledby": "ticker-posts" },
       h("div", { class: "title" }, h("h2", { id: "ticker-posts" }, "Posts"), h("p", { class: "sub" }, "newest first")), feed.node, older));
-  return { title: key, node, destroy: () => scope.end() };
+  return { title: words(key), node, destroy: () => scope.end() };
 }
 
 /** The same history as numbers, for who cannot or would rather not read a chart. */

@@ -1,6 +1,6 @@
 // All tickers as one table: sorted by what the reader chooses, filtered by what they type, drawn only where they look.
 import { h, setAttr, setText } from "../dom.ts";
-import { arrow, count, finite, signed, times } from "../format.ts";
+import { arrow, count, finite, hourMinute, signed, times } from "../format.ts";
 import { onFrame, throttled } from "../frames.ts";
 import { scale, score, spark } from "../parts/scale.ts";
 import { VirtualList, type Row } from "../parts/virtual.ts";
@@ -33,15 +33,19 @@ function row(): Row<Signal> {
   cells[6]!.append(small.node);
   const node = h("div", { class: "grid-row", role: "row" }, ...cells);
   let shown: Signal | null = null;
+  let wasCurrent = true;
   return {
     node,
     update(s) {
       // Signals are replaced, not changed: the same object has been drawn.
-      if (s === shown) return;
+      const current = store.isCurrent(s);
+      if (s === shown && current === wasCurrent) return;
       shown = s;
+      wasCurrent = current;
+      setAttr(node, "data-old", current ? null : "");
       setAttr(link, "href", `#/ticker/${encodeURIComponent(s.key)}`);
       setText(symbol, s.key);
-      setText(company, s.name ?? "");
+      setText(company, [current ? "" : `last ${hourMinute(s.end)}`, s.name ?? ""].filter(Boolean).join(" · "));
       number.update(s);
       line.update(s);
       small.update(s.sparkline);
@@ -84,8 +88,11 @@ export function tickers(): View {
     }
     const column = COLUMNS.find((c) => c.id === by)!;
     const needle = filter.toLowerCase();
+    // What was said long ago comes after what is being said, whatever it is sorted by.
+    const old = (s: Signal): number => (store.isCurrent(s) ? 0 : 1);
     const all = [...store.tickers.values()].filter((s) => !needle || s.key.toLowerCase().includes(needle) || (s.name ?? "").toLowerCase().includes(needle));
     all.sort((a, b) => {
+      if (column.id !== "key" && old(a) !== old(b)) return old(a) - old(b);
       const x = column.value(a);
       const y = column.value(b);
       // Thin data sorts last in either direction: it is not a low score.

@@ -9,6 +9,7 @@ use cashtag_llama::lora::{Lora, LoraTensors};
 use cashtag_llama::model::{Checkpointing, Llama, Purpose, TrainPass};
 use cashtag_llama::packing::{TokenizedExample, bins, pack};
 use cashtag_llama::prompt::PromptFormat;
+use cashtag_train::Optimizer;
 use serde::Serialize;
 
 use crate::pipeline::data;
@@ -101,7 +102,7 @@ impl Job for Bench<'_> {
         let labels = opened.format.label_names();
         let mut examples = match &s.data.source {
             DataSource::Builtin => cashtag_corpus::builtin_split()?.train,
-            DataSource::Path(path) => data::read(path, &data::Reading::default())?,
+            DataSource::Path(path) => data::read(path, &data::Reading::default(), &s.data.labels.names())?,
         };
         examples.truncate(args.rows);
         if examples.is_empty() {
@@ -129,11 +130,15 @@ fn train<B: Backend>(
     texts: &[LabelledText],
     seconds: f64,
 ) -> anyhow::Result<Figures> {
-    let a = training::arguments(s)?;
+    let a = training::arguments(s);
     let examples = training::tokenize(s, format, texts)?;
     let config = training::lora_config(s)?;
     let tensors = LoraTensors::init(&config, model.config(), a.seed);
     let mut lora = Lora::new(backend, config, model.config(), &tensors, true)?;
+    if a.optim == Optimizer::AdamW8bit {
+        lora.use_8bit_moments(backend)?;
+    }
+    model.prepare(backend, &mut lora)?;
     let longest = examples.iter().map(|e| e.tokens.len()).max().unwrap_or(1);
     let checkpointing = match s.training.gradient_checkpointing {
         GradientCheckpointing::Block => Checkpointing::Block,
@@ -151,7 +156,12 @@ fn train<B: Backend>(
         lora.zero_grad(backend)?;
         for range in bins(&chosen, format.prefix(), a.train_on, a.max_tokens_per_batch, usize::MAX) {
             let batch = pack(&chosen[range], format.prefix(), a.train_on);
-            let pass = TrainPass { random: Some((a.seed, micro)), label_smoothing: 0.0, loss_scale: 1.0 };
+            let pass = TrainPass {
+                random: Some((a.seed, micro)),
+                label_smoothing: 0.0,
+                loss_scale: 1.0,
+                neftune_alpha: a.neftune_noise_alpha,
+            };
             model.forward_backward(backend, &batch, &mut lora, pass, &mut ws)?;
             micro += 1;
             rows += batch.rows();

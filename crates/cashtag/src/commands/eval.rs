@@ -80,7 +80,6 @@ impl By {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let contestants = contestants(&args.settings)?;
     let by = args.by.unwrap_or_default();
-    let (source, texts) = texts(&args, &contestants[0])?;
     let mut entrants = Vec::with_capacity(contestants.len());
     for settings in contestants {
         let opened = engine::open(&settings)?;
@@ -96,6 +95,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             other.opened.format.label_names().join(", ")
         )));
     }
+    let (source, texts) = texts(&args, &entrants[0].settings, &labels)?;
     let slices: Vec<Option<String>> = texts.iter().map(|e| by.of(e).cloned()).collect();
     let mut texts = data::labelled(&texts, &labels)?;
     for (text, slice) in texts.iter_mut().zip(slices) {
@@ -169,10 +169,12 @@ fn contestants(flags: &Flags<Inference>) -> anyhow::Result<Vec<Settings>> {
 }
 
 /// What is judged, and what it is called.
-fn texts(args: &Args, settings: &Settings) -> anyhow::Result<(String, Vec<Example>)> {
+fn texts(args: &Args, settings: &Settings, labels: &[String]) -> anyhow::Result<(String, Vec<Example>)> {
     let configured = settings.data.eval_source.as_ref().map(|path| path.display().to_string());
     match args.data.clone().or(configured) {
-        Some(path) if path != "builtin" => Ok((path.clone(), data::read(&data::resolve(&path)?, &args.reading)?)),
+        Some(path) if path != "builtin" => {
+            Ok((path.clone(), data::read(&data::resolve(&path)?, &args.reading, labels)?))
+        }
         _ => Ok(("built-in corpus, held-out part".into(), builtin_split()?.held_out)),
     }
 }

@@ -12,6 +12,8 @@ mod doctor;
 mod eval;
 mod export;
 mod generate;
+mod live;
+mod plan;
 mod predict;
 mod prepare;
 mod pull;
@@ -35,8 +37,12 @@ pub(crate) enum Command {
     Chat(chat::Args),
     /// Have a model answer one prompt, or a file of prompts
     Complete(complete::Args),
+    /// Score a stream of posts and turn it into signals per ticker, sector and market, on a page
+    Live(live::Args),
     /// Write a model with its adapter for Transformers, llama.cpp or Ollama
     Export(export::Args),
+    /// Say what a recipe will need: memory, steps, time
+    Plan(plan::Args),
     /// Measure how fast this machine trains and classifies
     Bench(bench::Args),
     /// Have a chat model write labelled tweets
@@ -65,7 +71,9 @@ impl Command {
             Command::Serve(args) => serve::run(args),
             Command::Chat(args) => chat::run(args),
             Command::Complete(args) => complete::run(args),
+            Command::Live(args) => live::run(args),
             Command::Export(args) => export::run(args),
+            Command::Plan(args) => plan::run(args),
             Command::Bench(args) => bench::run(args),
             Command::Generate(args) => generate::run(args),
             Command::Prepare(args) => prepare::run(args),

@@ -12,6 +12,7 @@ use crate::pipeline::data::Reading;
 use crate::pipeline::device::{self, Job};
 use crate::pipeline::engine::{self, Classifier, LabelledText, Opened};
 use crate::pipeline::fine_tune::{self, Inputs};
+use crate::pipeline::plan::{Forecast, Parts};
 use crate::pipeline::report::{self, EXAMPLES, Findings};
 use crate::settings::{Flags, Settings};
 
@@ -45,10 +46,13 @@ impl Job for Run<'_> {
         let Run { settings: s, reading, opened } = self;
         let Opened { checkpoint, format, .. } = &opened;
         let labels = format.label_names();
-        let inputs = Inputs::load(s, reading, &opened)?;
+        let device = backend.capabilities();
+        let inputs = Inputs::load(s, reading, &opened, &device)?;
+        let device = device.description;
         let (run_dir, held_out) = (&inputs.run_dir, &inputs.held_out);
-        let device = backend.capabilities().description;
         inputs.announce(&opened, &device);
+        let parts = Parts { train: &inputs.train, validation: &inputs.validation, held_out };
+        let forecast = Forecast::new(&backend, s, &opened, parts)?;
         let mut timings = Vec::new();
         let mut timed = Timer { timings: &mut timings, last: Instant::now() };
         let model = engine::load(&backend, checkpoint)?;
@@ -78,8 +82,9 @@ impl Job for Run<'_> {
         let adapter_facts = Description::new("LoRA")
             .fact("rank", lora.config.r)
             .fact("parameters", lora.parameters())
-            .fact("step", format!("{} of {}", trained.outcome.step, trained.outcome.state.max_steps));
-        let peak_bytes = report::peak_memory();
+            .fact("step", format!("{} of {}", trained.outcome.step, trained.outcome.state.max_steps))
+            .fact("memory", forecast.line(&backend));
+        let peak_bytes = forecast.truth(&backend);
         let findings = Findings {
             labels: labels.clone(),
             device,
@@ -97,15 +102,15 @@ impl Job for Run<'_> {
         let right = findings.examples_after.iter().filter(|j| j.predicted() == j.truth).count();
         let seconds = trained.outcome.seconds.max(1e-9);
         let measured = report::measure(s, &inputs.data, findings, files(run_dir))?;
-        measured.write(run_dir, f64::from(temperature), peak_bytes)?;
+        measured.write(run_dir, f64::from(temperature), peak_bytes, &forecast.to_json())?;
         output::data(&format!(
-            "\n{}\n{table}\n{right} of {} examples right · trained {:.0} s, {:.1} examples/s, {:.0} tokens/s · peak memory {:.2} GiB\n{}\n",
+            "\n{}\n{table}\n{right} of {} examples right · trained {:.0} s, {:.1} examples/s, {:.0} tokens/s · {}\n{}\n",
             cashtag_eval::terminal_table(Some(&measured.before), Some(&measured.after), Some(&measured.comparison)),
             EXAMPLES.len(),
             seconds,
             trained.examples as f64 / seconds,
             trained.rows as f64 / seconds,
-            peak_bytes as f64 / f64::from(1 << 30),
+            forecast.line(&backend),
             run_dir.join("report.html").display()
         ))
     }

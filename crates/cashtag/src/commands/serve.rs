@@ -3,7 +3,8 @@
 //! Flags have the names that text-embeddings-inference and vLLM give them. The service listens before the model is loaded
 //! (`/health` says 503 until then), prints its address on stdout, and logs to stderr.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -15,8 +16,10 @@ use cashtag_http::{Config, Guard, Keys, Limits, Listen, Log, Role, Server, TlsFi
 use cashtag_llama::adapter::Adapter;
 use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::prompt::Label;
-use cashtag_serve::routes::{Service, error_shape};
+use cashtag_serve::routes::{Service, Tickers, error_shape};
 use cashtag_serve::{Engine, EngineConfig, Parts, Prompting, Worker};
+use cashtag_tickers::{Finder, Source, Symbols};
+use serde_json::json;
 
 use crate::exit::{self, Usage};
 use crate::output;
@@ -48,6 +51,10 @@ pub(crate) struct Args {
     /// Where keys of the role admin may load adapters from while the service runs
     #[arg(long, value_name = "DIR", help_heading = "Models")]
     lora_dir: Option<PathBuf>,
+    /// Companies for the tickers of answers: CSV or JSON lines of symbol, name, aliases, sector; they go before the built-in
+    /// list, and names are found too, not only cashtags
+    #[arg(long, value_name = "FILE", help_heading = "Models")]
+    symbols: Option<PathBuf>,
     #[command(flatten)]
     settings: Flags<Inference>,
 }
@@ -234,13 +241,14 @@ impl EngineFlags {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let Args { action, listen, engine: limits, served_model_name, lora_modules, lora_dir, settings } = args;
+    let Args { action, listen, engine: limits, served_model_name, lora_modules, lora_dir, symbols, settings } = args;
     if let Some(Action::Keys(keys)) = action {
         let (key, line) = generate(&keys.name, keys.role).map_err(|e| Usage(e.to_string()))?;
         append(&keys.api_key_file, &line)?;
         output::note(format!("{}: {} added; the key is shown this once:", keys.api_key_file.display(), keys.name));
         return output::data(&format!("{key}\n"));
     }
+    let tickers = Some(tickers(symbols.as_deref())?);
     let mut settings = settings.resolve()?;
     let named = settings.is_set("model.name");
     engine::follow_base_model(&mut settings, named);
@@ -271,8 +279,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let _stop = exit::clean_stop();
     output::data(&format!("{}\n", server.url()))?;
     let (shutdown, started) = (server.shutdown(), std::time::Instant::now());
-    let service =
-        Service { engine: engine.clone(), log: log.clone(), lora_dir, tickers: None, shutdown: shutdown.clone() };
+    let service = Service { engine: engine.clone(), log: log.clone(), lora_dir, tickers, shutdown: shutdown.clone() };
     let computing = std::thread::Builder::new()
         .name("engine".into())
         .spawn(move || {
@@ -300,6 +307,29 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         Ok(outcome) => outcome,
         Err(_) => bail!("the engine stopped on a bug, which was reported above"),
     }
+}
+
+/// Finds what a text is about, as X says it: offsets in code points.
+fn tickers(symbols: Option<&Path>) -> anyhow::Result<Tickers> {
+    let known = match symbols {
+        Some(path) => Symbols::embedded().overlaid(Symbols::load(path)?),
+        None => Symbols::embedded(),
+    };
+    let finder = Finder::new(known).with_names(symbols.is_some());
+    Ok(Arc::new(move |text| {
+        let found = finder.find(text).into_iter().map(|mention| {
+            let company = finder.symbols().get(&mention.symbol);
+            json!({
+                "symbol": mention.symbol,
+                "start": mention.start,
+                "end": mention.end,
+                "source": if mention.source == Source::Cashtag { "cashtag" } else { "name" },
+                "name": company.map(|c| &c.name),
+                "sector": company.map(|c| &c.sector),
+            })
+        });
+        found.collect()
+    }))
 }
 
 /// Waits for the first Ctrl-C or SIGTERM, for which the whole program listens.

@@ -7,7 +7,7 @@ use crate::pipeline::data::Reading;
 use crate::pipeline::device::{self, Job};
 use crate::pipeline::engine::{self, Opened};
 use crate::pipeline::fine_tune::{self, Inputs};
-use crate::pipeline::report;
+use crate::pipeline::plan::{Forecast, Parts};
 use crate::settings::{Flags, Settings};
 
 #[derive(clap::Args)]
@@ -38,8 +38,11 @@ impl Job for Train<'_> {
 
     fn run<B: Backend>(self, backend: B) -> anyhow::Result<()> {
         let Train { settings: s, reading, opened } = self;
-        let inputs = Inputs::load(s, reading, &opened)?;
-        inputs.announce(&opened, &backend.capabilities().description);
+        let device = backend.capabilities();
+        let inputs = Inputs::load(s, reading, &opened, &device)?;
+        inputs.announce(&opened, &device.description);
+        let parts = Parts { train: &inputs.train, validation: &inputs.validation, held_out: &[] };
+        let forecast = Forecast::new(&backend, s, &opened, parts)?;
         let model = engine::load(&backend, &opened.checkpoint)?;
         let trained = inputs.train(&backend, &model, &opened, s, &inputs.resume_command("train", reading))?;
         let temperature = inputs.keep(&backend, &model, &opened, s, &trained)?;
@@ -52,14 +55,14 @@ impl Job for Train<'_> {
             .collect();
         let seconds = outcome.seconds.max(1e-9);
         output::data(&format!(
-            "{}: step {} of {}{losses}, temperature {temperature:.2} · trained {:.0} s, {:.1} examples/s, {:.0} tokens/s · peak memory {:.2} GiB\n",
+            "{}: step {} of {}{losses}, temperature {temperature:.2} · trained {:.0} s, {:.1} examples/s, {:.0} tokens/s · {}\n",
             inputs.adapter_dir().display(),
             outcome.step,
             outcome.state.max_steps,
             outcome.seconds,
             trained.examples as f64 / seconds,
             trained.rows as f64 / seconds,
-            report::peak_memory() as f64 / f64::from(1 << 30),
+            forecast.line(&backend),
         ))?;
         output::note(format!("to judge it: {}", fine_tune::eval_command(s, &inputs.run_dir)));
         Ok(())

@@ -24,21 +24,17 @@ pub(crate) struct Reading {
     #[arg(long, value_name = "NAME", help_heading = "Reading")]
     label_column: Option<String>,
     /// What foreign labels mean, as in 0=Negative,1=Neutral,2=Positive
-    #[arg(long, value_name = "MAP", value_parser = checked_label_map, help_heading = "Reading")]
+    #[arg(long, value_name = "MAP", help_heading = "Reading")]
     label_map: Option<String>,
 }
 
-/// The text itself: a command line that repeats a run must be able to say it again.
-fn checked_label_map(text: &str) -> Result<String, cashtag_corpus::Error> {
-    LabelMap::parse(text).map(|_| text.to_string())
-}
-
 impl Reading {
-    fn options(&self) -> anyhow::Result<ReadOptions> {
+    fn options<S: AsRef<str>>(&self, labels: &[S]) -> anyhow::Result<ReadOptions> {
+        let label_map = LabelMap::of(labels).with(self.label_map.as_deref().unwrap_or_default());
         Ok(ReadOptions {
             text_column: self.text_column.clone(),
             label_column: self.label_column.clone(),
-            label_map: self.label_map.as_deref().map(LabelMap::parse).transpose()?.unwrap_or_default(),
+            label_map: label_map.map_err(|e| anyhow!(Usage(format!("--label-map: {e}"))))?,
             require_label: true,
         })
     }
@@ -91,6 +87,7 @@ pub(crate) struct Portions {
 pub(crate) fn load(settings: &Settings, reading: &Reading, default: Portions) -> anyhow::Result<Data> {
     let d = &settings.data;
     let seed = settings.training.seed;
+    let labels = d.labels.names();
     let (mut train, mut held_out, source) = match &d.source {
         DataSource::Builtin => {
             let split = builtin_split()?;
@@ -98,7 +95,7 @@ pub(crate) fn load(settings: &Settings, reading: &Reading, default: Portions) ->
         }
         DataSource::Path(path) => {
             let path = resolve(&path.to_string_lossy())?;
-            let examples = read(&path, reading)?;
+            let examples = read(&path, reading, &labels)?;
             let source = path.display().to_string();
             if d.eval_source.is_some() {
                 (examples, Vec::new(), source)
@@ -109,7 +106,7 @@ pub(crate) fn load(settings: &Settings, reading: &Reading, default: Portions) ->
         }
     };
     if let Some(path) = &d.eval_source {
-        held_out = read(&resolve(&path.to_string_lossy())?, reading)?;
+        held_out = read(&resolve(&path.to_string_lossy())?, reading, &labels)?;
     }
     let portion = |said: Option<usize>, default: Option<usize>| said.or(default.filter(|_| !d.full));
     if let Some(n) = portion(d.train_examples.filter(|_| !d.full), default.train).filter(|&n| n < train.len()) {
@@ -153,8 +150,8 @@ pub(crate) fn hinted(error: impl Into<anyhow::Error>, hint: &str) -> anyhow::Err
 ///
 /// # Errors
 /// Unreadable files, columns that cannot be told, labels that are not known, no examples at all.
-pub(crate) fn read(path: &Path, reading: &Reading) -> anyhow::Result<Vec<Example>> {
-    let options = reading.options()?;
+pub(crate) fn read<S: AsRef<str>>(path: &Path, reading: &Reading, labels: &[S]) -> anyhow::Result<Vec<Example>> {
+    let options = reading.options(labels)?;
     let mut all = Vec::new();
     for file in data_files(path)? {
         let (examples, columns) = read_examples_reported(&file, &options)

@@ -47,6 +47,12 @@ fn cuda(settings: &Settings, ordinal: usize) -> anyhow::Result<CudaBackend> {
         Precision::Fp16 => Dtype::F16,
         Precision::F32 => Dtype::F32,
     };
+    let options = cuda_options(settings, compute);
+    CudaBackend::new(ordinal as u32, options).with_context(|| format!("cuda:{ordinal} cannot be used"))
+}
+
+/// How a GPU is used that computes in `compute`.
+pub(crate) fn cuda_options(settings: &Settings, compute: Dtype) -> Options {
     let resident = match settings.model.resident {
         settings::Resident::Auto => cashtag_backend_cuda::Resident::Auto,
         settings::Resident::Nf4 => cashtag_backend_cuda::Resident::Nf4,
@@ -55,18 +61,24 @@ fn cuda(settings: &Settings, ordinal: usize) -> anyhow::Result<CudaBackend> {
     // A GGUF file is 4-bit already: quantising its values again would only lose some.
     let is_gguf = settings.model.name == hub::EMBEDDED || settings.model.name.ends_with(".gguf");
     let quantize = !is_gguf || settings.model.resident == settings::Resident::Nf4;
-    let options = Options { compute, quantize, resident, ..Options::default() };
-    CudaBackend::new(ordinal as u32, options).with_context(|| format!("cuda:{ordinal} cannot be used"))
+    Options { compute, quantize, resident, ..Options::default() }
 }
 
 fn cpu(settings: &Settings) -> anyhow::Result<CpuBackend> {
-    let precision = match settings.model.precision {
+    CpuBackend::new(cpu_precision(settings)?, settings.model.threads).context("the CPU cannot be used")
+}
+
+/// What the CPU computes in.
+///
+/// # Errors
+/// A precision that it does not have.
+pub(crate) fn cpu_precision(settings: &Settings) -> anyhow::Result<CpuPrecision> {
+    Ok(match settings.model.precision {
         Precision::Auto => CpuPrecision::best(),
         Precision::F32 => CpuPrecision::F32,
         Precision::Bf16 => CpuPrecision::Bf16,
         Precision::Fp16 => {
             bail!(Usage("the CPU computes in bf16 or f32, not in fp16\n  hint: --precision auto".into()))
         }
-    };
-    CpuBackend::new(precision, settings.model.threads).context("the CPU cannot be used")
+    })
 }

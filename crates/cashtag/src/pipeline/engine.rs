@@ -114,6 +114,7 @@ fn open_checkpoint(path: &Path) -> anyhow::Result<Checkpoint> {
 fn random_checkpoint(settings: &Settings, shape: &str) -> anyhow::Result<Checkpoint> {
     let config = match LlamaConfig::preset(shape) {
         Some(config) => config,
+        None if Path::new(shape).is_file() => cashtag_llama::hf::read_config(Path::new(shape))?,
         None => bail!(exit::Usage(format!(
             "--random-weights {shape} is no known shape\n  hint: {}",
             LlamaConfig::PRESETS.join(", ")
@@ -198,6 +199,11 @@ impl<'a, B: Backend> Classifier<'a, B> {
         Ok(scores.iter().map(|s| normalise(s, self.temperature)).collect())
     }
 
+    /// Rows that a prompt takes.
+    pub(crate) fn rows(&self, prompt: &[u32]) -> usize {
+        self.scorer.rows(prompt)
+    }
+
     /// Whether a text can be a prompt (it cannot if it is too long and that is asked to be an error).
     pub(crate) fn takes(&self, text: &str) -> bool {
         self.format.prompt(text).is_ok()
@@ -238,7 +244,8 @@ pub(crate) fn load_lora<B: Backend>(
     adapter: Option<&Adapter>,
 ) -> anyhow::Result<Option<Lora<B>>> {
     let Some(adapter) = adapter else { return Ok(None) };
-    let lora = Lora::new(backend, adapter.lora.clone(), model.config(), &adapter.tensors, false)?;
+    let mut lora = Lora::new(backend, adapter.lora.clone(), model.config(), &adapter.tensors, false)?;
+    model.prepare(backend, &mut lora)?;
     output::detail(format!("adapter: r {}, {} parameters", adapter.lora.r, lora.parameters()));
     Ok(Some(lora))
 }

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use cashtag_backend::Backend;
+use cashtag_backend::{Backend, Capabilities};
 use cashtag_corpus::formats::write_atomically;
 use cashtag_llama::adapter::Adapter;
 use cashtag_llama::lora::{LoraConfig, Module};
@@ -19,8 +19,16 @@ use crate::settings::choices::{Label, Layers, TargetModules};
 use crate::settings::{self, Flags, Settings, Source};
 use crate::{exit, output};
 
-/// Parts of the data in a run with nothing else said: what two cores train on and judge in a few minutes.
-const DEFAULT_PORTIONS: Portions = Portions { train: Some(1200), held_out: Some(240) };
+/// Parts of the data in a run with nothing else said: what a device of this rate (GFLOP/s) trains on, twice, and judges in
+/// under five minutes.
+pub(crate) fn quick_portions(nominal_rate: f64) -> Portions {
+    /// GFLOP/s by which [`MOST`] examples fit: two cores with AVX512-BF16.
+    const ENOUGH: f64 = 250.0;
+    const LEAST: f64 = 240.0;
+    const MOST: f64 = 1200.0;
+    let train = (MOST * nominal_rate / ENOUGH).clamp(LEAST, MOST);
+    Portions { train: Some(train as usize), held_out: Some(240) }
+}
 
 /// The recipe of those who name none.
 const DEFAULT_RECIPE: &str = "smollm2-cpu";
@@ -59,6 +67,7 @@ fn follow_adapter(s: &mut Settings, adapter: &Adapter) -> anyhow::Result<()> {
         ("lora.lora_alpha", own.lora_alpha != said.lora_alpha),
         ("lora.target_modules", sorted(own) != sorted(&said)),
         ("lora.use_rslora", own.use_rslora != said.use_rslora),
+        ("lora.use_dora", own.use_dora != said.use_dora),
         ("lora.layers_to_transform", own.layers_to_transform != said.layers_to_transform),
     ];
     for (id, differs) in differences {
@@ -76,6 +85,7 @@ fn follow_adapter(s: &mut Settings, adapter: &Adapter) -> anyhow::Result<()> {
         TargetModules::Some(own.target_modules.iter().map(|m| m.name().to_string()).collect())
     };
     s.lora.use_rslora = own.use_rslora;
+    s.lora.use_dora = own.use_dora;
     s.lora.layers_to_transform = own.layers_to_transform.clone().map(Layers);
     let mut followed = differences.map(|(id, differs)| differs.then_some(id)).to_vec();
     if let Some(trained) = &adapter.classifier {
@@ -107,6 +117,23 @@ fn follow_adapter(s: &mut Settings, adapter: &Adapter) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The settings with the portions that the device decided on, so that they are the same on another one.
+fn with_portions(s: &Settings, portions: Portions) -> Settings {
+    let mut s = s.clone();
+    let d = &mut s.data;
+    let parts = [
+        ("data.train_examples", &mut d.train_examples, portions.train),
+        ("data.eval_examples", &mut d.eval_examples, portions.held_out),
+    ];
+    for (id, said, portion) in parts {
+        if said.is_none() && !d.full {
+            *said = portion;
+            s.sources.insert(id, Source::Follows("model.device"));
+        }
+    }
+    s
+}
+
 /// The parts of the data, and where the run is kept.
 pub(crate) struct Inputs {
     pub(crate) run_dir: PathBuf,
@@ -122,9 +149,15 @@ impl Inputs {
     ///
     /// # Errors
     /// Data that cannot be read or has other labels, a run directory that cannot be written.
-    pub(crate) fn load(s: &Settings, reading: &Reading, opened: &Opened) -> anyhow::Result<Self> {
+    pub(crate) fn load(
+        s: &Settings,
+        reading: &Reading,
+        opened: &Opened,
+        device: &Capabilities,
+    ) -> anyhow::Result<Self> {
         let labels = opened.format.label_names();
-        let data = data::load(s, reading, DEFAULT_PORTIONS)?;
+        let portions = quick_portions(device.nominal_rate);
+        let data = data::load(s, reading, portions)?;
         let inputs = Self {
             run_dir: s.output_dir(),
             train: data::labelled(&data.train, &labels)?,
@@ -132,7 +165,7 @@ impl Inputs {
             held_out: data::labelled(&data.held_out, &labels)?,
             data,
         };
-        inputs.write(s, opened)?;
+        inputs.write(&with_portions(s, portions), opened)?;
         Ok(inputs)
     }
 

@@ -109,7 +109,13 @@ impl Measured {
     ///
     /// # Errors
     /// The file system refuses.
-    pub(crate) fn write(&self, run_dir: &Path, temperature: f64, peak_bytes: u64) -> anyhow::Result<()> {
+    pub(crate) fn write(
+        &self,
+        run_dir: &Path,
+        temperature: f64,
+        peak_bytes: u64,
+        plan: &serde_json::Value,
+    ) -> anyhow::Result<()> {
         let r = &self.report;
         let metrics = json!({
             "before": self.before,
@@ -121,6 +127,7 @@ impl Measured {
             "temperature": temperature,
             "timings": r.timings,
             "peak_memory_bytes": peak_bytes,
+            "plan": plan,
         });
         let text = serde_json::to_string_pretty(&metrics)? + "\n";
         cashtag_corpus::formats::write_atomically(&run_dir.join("metrics.json"), text.as_bytes())?;

@@ -12,8 +12,10 @@ use cashtag_llama::lora::{Lora, LoraConfig, LoraTensors};
 use cashtag_llama::model::{Checkpointing, Llama};
 use cashtag_llama::packing::{TokenizedExample, TrainOn};
 use cashtag_llama::prompt::PromptFormat;
+use cashtag_train::tensorboard::EventWriter;
 use cashtag_train::{
-    EndReason, LogEntry, Observer, SaveStrategy, SchedulerType, StepReport, TrainOutcome, Trainer, TrainingArguments,
+    EndReason, LogEntry, Observer, Optimizer, SaveStrategy, SchedulerType, StepReport, TrainOutcome, Trainer,
+    TrainingArguments,
 };
 
 use super::engine::{Classifier, LabelledText};
@@ -21,29 +23,27 @@ use crate::progress::{Progress, Unit};
 use crate::settings::{self, GradientCheckpointing, LrSchedulerType, Optim, Resume, Settings, Strategy};
 use crate::{exit, output};
 
+/// Directory of TensorBoard's event files in a run directory.
+const EVENTS: &str = "tensorboard";
+
 /// The knobs of `[training]` as the trainer wants them.
-///
-/// # Errors
-/// Knobs that are not built yet: better said than ignored.
-pub(crate) fn arguments(s: &Settings) -> anyhow::Result<TrainingArguments> {
+pub(crate) fn arguments(s: &Settings) -> TrainingArguments {
     let t = &s.training;
-    let not_yet = |on: bool, key: &str| {
-        anyhow::ensure!(!on, exit::Usage(format!("{key} is not supported yet\n  hint: leave it at its default")));
-        Ok(())
-    };
-    not_yet(t.optim == Optim::Adamw8bit, "optim = \"adamw_8bit\"")?;
-    not_yet(t.neftune_noise_alpha != 0.0, "neftune_noise_alpha")?;
-    not_yet(s.lora.use_dora, "use_dora")?;
     let strategy = |s: Strategy| match s {
         Strategy::No => SaveStrategy::No,
         Strategy::Steps => SaveStrategy::Steps,
         Strategy::Epoch => SaveStrategy::Epoch,
     };
-    Ok(TrainingArguments {
+    TrainingArguments {
         num_train_epochs: t.num_train_epochs,
         max_steps: s.max_steps(),
         per_device_train_batch_size: t.per_device_train_batch_size,
+        per_device_eval_batch_size: t.per_device_eval_batch_size,
         gradient_accumulation_steps: t.gradient_accumulation_steps,
+        optim: match t.optim {
+            Optim::Adamw => Optimizer::AdamW,
+            Optim::Adamw8bit => Optimizer::AdamW8bit,
+        },
         learning_rate: t.learning_rate,
         lr_scheduler_type: match t.lr_scheduler_type {
             LrSchedulerType::Linear => SchedulerType::Linear,
@@ -76,9 +76,10 @@ pub(crate) fn arguments(s: &Settings) -> anyhow::Result<TrainingArguments> {
             settings::TrainOn::All => TrainOn::All,
         },
         label_smoothing_factor: t.label_smoothing_factor as f32,
+        neftune_noise_alpha: t.neftune_noise_alpha as f32,
         loraplus_lr_ratio: s.lora.loraplus_lr_ratio as f32,
         seed: t.seed,
-    })
+    }
 }
 
 /// The adapter's configuration.
@@ -100,6 +101,7 @@ pub(crate) fn lora_config(s: &Settings) -> anyhow::Result<LoraConfig> {
         target_modules,
         use_rslora: l.use_rslora,
         layers_to_transform: l.layers_to_transform.as_ref().map(|l| l.0.clone()),
+        use_dora: l.use_dora,
     })
 }
 
@@ -155,7 +157,7 @@ pub(crate) fn train<B: Backend>(
     begin: Option<(LoraConfig, LoraTensors)>,
 ) -> anyhow::Result<Option<Trained<B>>> {
     let (train, validation) = parts;
-    let arguments = arguments(s)?;
+    let arguments = arguments(s);
     let (config, tensors) = match begin {
         Some(begin) => begin,
         None => {
@@ -195,6 +197,7 @@ pub(crate) fn train<B: Backend>(
         base_model: Some(s.model.name.clone()),
         classifier: Some(classifier),
         resume,
+        loss_scale: None,
     };
     let _clean = exit::clean_stop();
     let total = trainer.arguments.total_steps(trainer.train.len());
@@ -206,7 +209,10 @@ pub(crate) fn train<B: Backend>(
         validation: if wants_metrics { validation } else { &[] },
         max_tokens: s.training.max_tokens_per_batch,
         bar: Progress::new("training", Unit::Of("examples"), None),
+        train: parts.0,
         log: TrainerLog::open(run_dir)?,
+        events: run_dir.join(EVENTS),
+        writer: None,
         history: Vec::new(),
         last: None,
         examples: 0,
@@ -246,6 +252,7 @@ fn fingerprint(s: &Settings, train: &[LabelledText], format: &PromptFormat, a: &
     // How long the run is and how often it evaluates and saves may change; what a step computes may not.
     let a = TrainingArguments {
         logging_steps: 0,
+        per_device_eval_batch_size: 0,
         eval_steps: 0,
         save_steps: 0,
         save_total_limit: None,
@@ -300,7 +307,11 @@ struct Watch<'a, B: Backend> {
     validation: &'a [LabelledText],
     max_tokens: usize,
     bar: Progress,
+    train: &'a [LabelledText],
     log: TrainerLog,
+    /// Where TensorBoard finds the run, and the file of this process.
+    events: PathBuf,
+    writer: Option<EventWriter>,
     history: Vec<(usize, f64, f64)>,
     last: Option<StepReport>,
     examples: usize,
@@ -316,6 +327,7 @@ impl<B: Backend> Watch<'_, B> {
             .state
             .log_history
             .iter()
+            .filter(|entry| entry.contains_key("loss") || entry.contains_key("eval_loss"))
             .map(|entry| {
                 let get = |key: &str| entry.get(key).copied();
                 let step = get("step").unwrap_or(0.0) as u64;
@@ -336,6 +348,13 @@ impl<B: Backend> Watch<'_, B> {
 }
 
 impl<B: Backend> Observer<B> for Watch<'_, B> {
+    fn begin(&mut self, step: usize) {
+        match EventWriter::create(&self.events, step) {
+            Ok(writer) => self.writer = Some(writer),
+            Err(e) => output::warn(format!("no events for TensorBoard in {}: {e}", self.events.display())),
+        }
+    }
+
     fn step(&mut self, r: &StepReport) {
         if self.last.is_none() && r.step > 1 {
             self.bar.set_position(((r.step - 1) * r.examples) as u64);
@@ -360,6 +379,10 @@ impl<B: Backend> Observer<B> for Watch<'_, B> {
 
     fn log(&mut self, entry: &LogEntry) {
         self.log.write(entry);
+        if let Some(Err(e)) = self.writer.as_mut().map(|w| w.log(entry)) {
+            output::warn(format!("cannot write events for TensorBoard in {}: {e}", self.events.display()));
+            self.writer = None;
+        }
         if let Some(loss) = entry.get("eval_loss") {
             let more: String = entry
                 .iter()
@@ -400,6 +423,12 @@ impl<B: Backend> Observer<B> for Watch<'_, B> {
 
     fn warn(&mut self, message: &str) {
         output::warn(message);
+    }
+
+    fn name_example(&self, index: usize) -> String {
+        let text = self.train.get(index).map_or("", |t| t.text.as_str());
+        let shown: String = text.chars().take(40).collect();
+        format!("{index} {:?}{}", shown, if shown.len() < text.len() { "…" } else { "" })
     }
 
     fn should_stop(&mut self) -> bool {

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 torch.manual_seed(0)
 
 

@@ -182,6 +182,8 @@ fn classification(s: &Serving) {
     let datum = &answer["data"][0];
     assert_eq!((one.status, &answer["object"], &datum["num_classes"]), (200, &json!("list"), &json!(3)));
     assert!((sum(&datum["probs"]) - 1.0).abs() < 1e-4, "{answer}");
+    assert_eq!(datum["tickers"][0]["symbol"], "AAPL");
+    assert_eq!((&datum["tickers"][0]["start"], &datum["tickers"][0]["end"]), (&json!(0), &json!(5)));
     let label = datum["label"].as_str().unwrap();
     assert_eq!(datum["probabilities"][label], datum["confidence"]);
     assert!(answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64() > Some(20), "{answer}");

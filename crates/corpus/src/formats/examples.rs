@@ -95,7 +95,7 @@ impl ExampleReader {
         let mut label_map = options.label_map;
         if let (Some(label), false) = (&columns.label, label_map.is_explicit()) {
             if let Some(map) = rows.arrow_schema().and_then(|schema: SchemaRef| class_names(&schema, label)) {
-                label_map = LabelMap::from_class_names(&map).unwrap_or_default();
+                label_map = label_map.with_class_names(&map);
             }
             let labels = first.texts(label).map_err(|message| Error::file(path, None, message))?;
             label_map.learn(labels.iter().flatten().map(Cow::as_ref));

@@ -182,7 +182,8 @@ impl Log {
 
 fn lock(directory: &Path) -> Result<File> {
     let path = directory.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(Error::io("open", &path))?;
+    let file =
+        File::options().create(true).truncate(false).write(true).open(&path).map_err(Error::io("open", &path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(Error::InUse { path: directory.to_owned() }),

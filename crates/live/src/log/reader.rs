@@ -101,7 +101,8 @@ impl Open {
             return Err(damaged(self, "its length cannot be"));
         }
         let whole = self.bytes(RECORD_HEADER + length as u64)?;
-        let Some(payload) = whole.get(RECORD_HEADER as usize..).filter(|p| p.len() == length).map(<[u8]>::to_vec) else {
+        let Some(payload) = whole.get(RECORD_HEADER as usize..).filter(|p| p.len() == length).map(<[u8]>::to_vec)
+        else {
             return Err(damaged(self, "the file was cut off"));
         };
         if crc32fast::hash(&payload) != checksum {

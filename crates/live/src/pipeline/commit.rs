@@ -34,12 +34,7 @@ impl Pipeline<'_> {
             state.newest = heard.get(name).copied();
         }
         for (name, newest) in heard {
-            if !checkpoint.sources.contains_key(name) {
-                checkpoint.sources.insert(name.clone(), Default::default());
-            }
-            if let Some(state) = checkpoint.sources.get_mut(name) {
-                state.newest = Some(*newest);
-            }
+            checkpoint.sources.entry(name.clone()).or_default().newest = Some(*newest);
         }
         let mut pause = Duration::from_millis(50);
         loop {
@@ -94,7 +89,8 @@ impl Pipeline<'_> {
         let mut shown = [0; 4];
         // The newest window of each series is what a page shows; of the others a reader asks the history.
         for signal in written.signals.iter().rev() {
-            let newest = snapshot.get(signal.window, signal.scope, &signal.key).is_some_and(|s| s.start == signal.start);
+            let newest =
+                snapshot.get(signal.window, signal.scope, &signal.key).is_some_and(|s| s.start == signal.start);
             let count = &mut shown[signal.window as usize];
             if newest && *count < SHOWN_SIGNALS {
                 *count += 1;

@@ -12,6 +12,8 @@
 mod commit;
 mod restart;
 
+pub use restart::Parts;
+
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -159,16 +161,12 @@ impl Pipeline<'_> {
     }
 
     fn source(&mut self, name: &str) -> &mut SourceState {
-        let sources = &mut self.batch.checkpoint.sources;
-        if !sources.contains_key(name) {
-            sources.insert(name.to_owned(), SourceState::default());
-        }
-        sources.get_mut(name).expect("it was inserted above")
+        self.batch.checkpoint.sources.entry(name.to_owned()).or_default()
     }
 
     fn count(&mut self, posts: Vec<(u64, Post)>) -> Result<()> {
         let texts: Vec<&str> = posts.iter().map(|(_, p)| p.text.as_str()).collect();
-        let answers = score(self.scorer, &texts, self.labels);
+        let answers = score(&mut *self.scorer, &texts, self.labels);
         let scored_at = time::now();
         for ((seq, post), answer) in posts.into_iter().zip(answers) {
             match answer {
@@ -189,8 +187,7 @@ impl Pipeline<'_> {
         sectors.dedup();
         let fingerprint = fingerprint(&post);
         let told = post.copy_of.as_deref();
-        let verdict =
-            self.copies.observe(fingerprint, &post.source, &post.id, &post.author, told, post.event_time);
+        let verdict = self.copies.observe(fingerprint, &post.source, &post.id, &post.author, told, post.event_time);
         let (label, score) = (best(&probabilities), self.polarity.score(&probabilities));
         let mut scored = ScoredPost {
             seq,
@@ -272,7 +269,7 @@ impl Pipeline<'_> {
                 continue;
             }
             let texts: Vec<&str> = question.texts.iter().map(String::as_str).collect();
-            let answers: Result<Vec<_>, _> = score(self.scorer, &texts, self.labels).into_iter().collect();
+            let answers: Result<Vec<_>, _> = score(&mut *self.scorer, &texts, self.labels).into_iter().collect();
             // Who asked may have left.
             let _ = question.answer.send(answers);
         }
@@ -287,8 +284,8 @@ fn score(scorer: &mut dyn Scorer, texts: &[&str], labels: usize) -> Vec<Result<V
             Ok(all) if all.len() == chunk.len() && all.iter().all(|p| check(p, labels).is_ok()) => {
                 answers.extend(all.into_iter().map(Ok));
             }
-            _ => answers.extend(chunk.iter().map(|text| {
-                let alone = scorer.score(&[text])?;
+            _ => answers.extend(chunk.iter().map(|text| -> Result<Vec<f32>, String> {
+                let alone = scorer.score(&[*text])?;
                 let probabilities = alone.into_iter().next().ok_or("the model gave no answer")?;
                 check(&probabilities, labels)?;
                 Ok(probabilities)

@@ -75,7 +75,8 @@ impl<'a> Pipeline<'a> {
             let mut snapshot = shared.snapshot.write().unwrap_or_else(PoisonError::into_inner);
             snapshot.allowed_lateness = windows.options().allowed_lateness;
         }
-        let checkpoint = found.unwrap_or(Checkpoint { watermark: Millis::MIN, latest: Millis::MIN, ..Default::default() });
+        let checkpoint =
+            found.unwrap_or(Checkpoint { watermark: Millis::MIN, latest: Millis::MIN, ..Default::default() });
         for (name, state) in &checkpoint.sources {
             if let Some(cursor) = &state.cursor {
                 shared.inlet.set_cursor(name, cursor.clone());

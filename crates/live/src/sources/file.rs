@@ -62,7 +62,9 @@ impl Replay {
 impl Source for Replay {
     fn name(&self) -> String {
         match &self.input {
-            Input::File(path) => path.file_stem().map_or("file".into(), |s| s.to_string_lossy().chars().take(64).collect()),
+            Input::File(path) => {
+                path.file_stem().map_or("file".into(), |s| s.to_string_lossy().chars().take(64).collect())
+            }
             Input::Stdin => "stdin".into(),
             Input::Embedded(name, _) => (*name).into(),
         }
@@ -128,7 +130,9 @@ impl Job {
             Input::File(path) => {
                 let shown = path.display().to_string();
                 match Format::detect(path)? {
-                    Format::Jsonl => self.lines(BufReader::new(File::open(path).map_err(Error::io("read", path))?), &shown)?,
+                    Format::Jsonl => {
+                        self.lines(BufReader::new(File::open(path).map_err(Error::io("read", path))?), &shown)?
+                    }
                     _ => self.rows(RowReader::open(path)?, &shown)?,
                 }
             }

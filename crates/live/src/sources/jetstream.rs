@@ -166,7 +166,9 @@ fn read(text: &str, now: Millis) -> Result<(Option<i64>, Option<Incoming>), Stri
         // Accounts, names, deletions: everybody gets them.
         return Ok((time_us, None));
     }
-    let field = |value: &Value, name: &str| value[name].as_str().map(str::to_owned).ok_or_else(|| format!("a post without {name}"));
+    let field = |value: &Value, name: &str| {
+        value[name].as_str().map(str::to_owned).ok_or_else(|| format!("a post without {name}"))
+    };
     let record = &commit["record"];
     let (did, rkey, text) = (field(&event, "did")?, field(commit, "rkey")?, field(record, "text")?);
     if text.trim().is_empty() {
@@ -218,7 +220,9 @@ mod tests {
 
     #[test]
     fn what_is_no_new_post_is_passed_over_and_what_is_nothing_is_said() {
-        for other in [r#"{"kind":"account","time_us":5}"#, r#"{"kind":"commit","time_us":5,"commit":{"operation":"delete"}}"#] {
+        for other in
+            [r#"{"kind":"account","time_us":5}"#, r#"{"kind":"commit","time_us":5,"commit":{"operation":"delete"}}"#]
+        {
             assert_eq!(read(other, 0).unwrap(), (Some(5), None));
         }
         assert!(read("{", 0).unwrap_err().contains("no JSON"));

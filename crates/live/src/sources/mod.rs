@@ -9,7 +9,7 @@ pub mod file;
 pub mod jetstream;
 pub mod net;
 pub mod row;
-mod x_api;
+pub mod x_api;
 mod x_budget;
 pub mod x_rules;
 pub mod x_search;

@@ -16,20 +16,26 @@ const COPY: &[&str] = &["copyof", "iscopyof", "retweetof", "retweetedid", "retwe
 /// Which field is missing or not understood.
 pub fn incoming(row: &Map<String, Value>) -> Result<Incoming, String> {
     let folded: Vec<(String, &Value)> = row.iter().map(|(name, value)| (fold(name), value)).collect();
-    let find = |names: &[&str]| names.iter().find_map(|name| Some(folded.iter().find(|(n, v)| n == name && !v.is_null())?.1));
+    let find =
+        |names: &[&str]| names.iter().find_map(|name| Some(folded.iter().find(|(n, v)| n == name && !v.is_null())?.1));
     let text = match find(TEXT) {
         Some(Value::String(text)) => text.clone(),
         Some(_) => return Err("the text is no string".into()),
         None => {
             let names: Vec<&str> = row.keys().take(10).map(String::as_str).collect();
-            return Err(format!("there is no text; the fields are {}", if names.is_empty() { "none".into() } else { names.join(", ") }));
+            return Err(format!(
+                "there is no text; the fields are {}",
+                if names.is_empty() { "none".into() } else { names.join(", ") }
+            ));
         }
     };
     let event_time = match find(TIME) {
         None => None,
         Some(Value::String(text)) if text.trim().is_empty() => None,
         Some(Value::String(text)) => Some(time::parse(text).ok_or_else(|| format!("{text:?} is no time"))?),
-        Some(Value::Number(n)) => Some(n.as_f64().and_then(time::from_number).ok_or_else(|| format!("{n} is no time"))?),
+        Some(Value::Number(n)) => {
+            Some(n.as_f64().and_then(time::from_number).ok_or_else(|| format!("{n} is no time"))?)
+        }
         Some(_) => return Err("the time is neither text nor number".into()),
     };
     Ok(Incoming {
@@ -48,11 +54,13 @@ fn word(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.trim().to_owned()).filter(|t| !t.is_empty()),
         Value::Number(number) => Some(number.to_string()),
-        Value::Object(fields) => ["id_str", "id", "username", "screen_name"].iter().find_map(|n| match fields.get(*n)? {
-            Value::String(text) => Some(text.clone()),
-            Value::Number(number) => Some(number.to_string()),
-            _ => None,
-        }),
+        Value::Object(fields) => {
+            ["id_str", "id", "username", "screen_name"].iter().find_map(|n| match fields.get(*n)? {
+                Value::String(text) => Some(text.clone()),
+                Value::Number(number) => Some(number.to_string()),
+                _ => None,
+            })
+        }
         _ => None,
     }
 }

@@ -1,6 +1,7 @@
 //! What the filtered stream and recent search of X have in common: settings, fields, posts, errors.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use hyper::Method;
@@ -8,6 +9,7 @@ use serde_json::Value;
 
 use super::backoff::Failure;
 use super::net::{self, Answer, NetError};
+use super::x_budget::Budget;
 use crate::post::Incoming;
 use crate::time;
 
@@ -42,6 +44,8 @@ pub struct XOptions {
     pub daily_posts: Option<u64>,
     /// Where the posts of today are counted across restarts.
     pub budget_file: PathBuf,
+    /// The count itself: clones of the options, for a stream and a search, share it.
+    pub(super) budget: Arc<OnceLock<Mutex<Budget>>>,
     /// Minutes that the server sends again after a connection was lost (enterprise only).
     pub backfill_minutes: u8,
     /// Nothing for so long is a dead connection; keep-alives come each 20 s or a little later.
@@ -65,12 +69,18 @@ impl XOptions {
             max_rules: 1_000,
             daily_posts: None,
             budget_file,
+            budget: Arc::default(),
             backfill_minutes: 0,
             silence: Duration::from_secs(22),
             poll_every: Duration::from_secs(30),
             look_every: Duration::from_secs(10),
             time_scale: 1.0,
         }
+    }
+
+    pub(super) fn budget(&self) -> MutexGuard<'_, Budget> {
+        let budget = self.budget.get_or_init(|| Mutex::new(Budget::open(&self.budget_file, self.daily_posts)));
+        budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn scaled(&self, time: Duration) -> Duration {

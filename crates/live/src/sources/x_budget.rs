@@ -10,6 +10,7 @@ use crate::time::{self, DAY, Millis};
 /// Posts after which the count is written: what a kill at the wrong moment forgets at most.
 const WRITE_EACH: u64 = 20;
 
+#[derive(Debug)]
 pub(super) struct Budget {
     path: PathBuf,
     limit: Option<u64>,

@@ -9,8 +9,8 @@ use std::path::Path;
 use hyper::Method;
 use serde_json::{Value, json};
 
-use super::x_api::{ApiError, XOptions, problem};
 use super::backoff::Failure;
+use super::x_api::{ApiError, XOptions, problem};
 
 const TAG: &str = "cashtag-live";
 const PATH: &str = "/2/tweets/search/stream/rules";
@@ -21,7 +21,8 @@ const PATH: &str = "/2/tweets/search/stream/rules";
 /// # Errors
 /// The file cannot be read, or has no ticker.
 pub fn watch_list(path: &Path) -> Result<Vec<String>, String> {
-    let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read the watch list {}: {e}", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).map_err(|e| format!("cannot read the watch list {}: {e}", path.display()))?;
     let mut tickers: Vec<String> = Vec::new();
     for line in text.lines() {
         let line = line.split(['#', ',', ';']).next().unwrap_or("").trim().trim_start_matches('$').to_uppercase();
@@ -59,7 +60,9 @@ pub fn rules(tickers: &[String], filter: &str, longest: usize, most: usize) -> R
         if finish(&names).len() > longest {
             names.pop();
             if names.is_empty() {
-                return Err(format!("a rule may have {longest} characters; the filter {filter:?} leaves no room for ${ticker}"));
+                return Err(format!(
+                    "a rule may have {longest} characters; the filter {filter:?} leaves no room for ${ticker}"
+                ));
             }
             rules.push(finish(&names));
             names = vec![ticker];
@@ -92,11 +95,8 @@ pub(super) async fn sync(options: &XOptions, wanted: &[String]) -> Result<Synced
     let (ours, foreign): (Vec<&Value>, Vec<&Value>) =
         there.into_iter().partition(|r| r["tag"].as_str().is_some_and(|t| t.starts_with(TAG)));
     let missing: Vec<&String> = wanted.iter().filter(|w| !ours.iter().any(|r| r["value"] == **w)).collect();
-    let old: Vec<&str> = ours
-        .iter()
-        .filter(|r| !wanted.iter().any(|w| r["value"] == *w))
-        .filter_map(|r| r["id"].as_str())
-        .collect();
+    let old: Vec<&str> =
+        ours.iter().filter(|r| !wanted.iter().any(|w| r["value"] == *w)).filter_map(|r| r["id"].as_str()).collect();
     for part in missing.chunks(100) {
         let add: Vec<Value> = part.iter().map(|value| json!({"value": value, "tag": TAG})).collect();
         let answer = ask(options, Method::POST, Some(json!({"add": add}))).await?;
@@ -106,7 +106,11 @@ pub(super) async fn sync(options: &XOptions, wanted: &[String]) -> Result<Synced
         let refused = errors.iter().find(|e| !e["type"].as_str().is_some_and(|t| t.ends_with("duplicate-rules")));
         if let (Some(error), true) = (refused, not_created > 0) {
             let said = problem(error.to_string().as_bytes());
-            return Err(ApiError { failure: Failure::Http, status: Some(400), text: format!("a rule was refused: {said}") });
+            return Err(ApiError {
+                failure: Failure::Http,
+                status: Some(400),
+                text: format!("a rule was refused: {said}"),
+            });
         }
     }
     for part in old.chunks(100) {
@@ -143,7 +147,9 @@ mod tests {
         let many: Vec<String> = (0..500).map(|i| format!("T{i}")).collect();
         let made = rules(&many, "lang:en -is:retweet", 1_024, 1_000).unwrap();
         assert!(made.len() <= 6 && made.iter().all(|r| r.len() <= 1_024));
-        assert!(many.iter().all(|t| made.iter().any(|r| r.contains(&format!("${t} ")) || r.contains(&format!("${t})")))));
+        assert!(
+            many.iter().all(|t| made.iter().any(|r| r.contains(&format!("${t} ")) || r.contains(&format!("${t})"))))
+        );
     }
 
     #[test]

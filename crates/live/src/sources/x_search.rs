@@ -12,7 +12,6 @@ use serde_json::Value;
 use super::backoff::Backoff;
 use super::net::encode;
 use super::x_api::{self, ApiError, FIELDS, XOptions};
-use super::x_budget::Budget;
 use super::x_rules;
 use super::x_stream::{SOURCE, nap};
 use super::{Running, Source};
@@ -48,23 +47,29 @@ impl Source for XSearch {
             let options = &self.0;
             let name = self.name();
             // Posts are delivered under the stream's name, which the board must know.
-            inlet.board().register(SOURCE, "x-stream", Pace::Live);
+            let beside_stream = inlet.board().all().contains_key(SOURCE);
+            inlet.board().register(SOURCE, "x-search", Pace::Live);
             let mut backoff = Backoff::new(options.time_scale);
-            let mut budget = Budget::open(&options.budget_file, options.daily_posts);
             while !inlet.stopping() {
-                if budget.wait(time::now()).is_some() {
-                    let said = format!("the daily budget of {} posts is spent; goes on at 00:00 UTC", budget.spent());
+                let (wait, spent) = {
+                    let mut budget = options.budget();
+                    (budget.wait(time::now()), budget.spent())
+                };
+                if wait.is_some() {
+                    let said = format!("the daily budget of {spent} posts is spent; goes on at 00:00 UTC");
                     inlet.board().set(&name, State::Stopped, said);
                     nap(&inlet, Duration::from_secs(60)).await;
                     continue;
                 }
-                match round(options, &inlet, &mut budget).await {
+                match round(options, &inlet).await {
                     Ok(found) => {
                         backoff.reset();
                         let said = format!("{found} posts in the last round");
                         inlet.board().set(&name, State::Connected, said.clone());
-                        inlet.board().set(SOURCE, State::Connected, "by recent search");
-                        budget.save();
+                        if !beside_stream {
+                            inlet.board().set(SOURCE, State::Connected, "by recent search");
+                        }
+                        options.budget().save();
                         nap(&inlet, options.scaled(options.poll_every)).await;
                     }
                     Err(error) if matches!(error.status, Some(401 | 403)) => {
@@ -82,20 +87,18 @@ impl Source for XSearch {
 }
 
 /// All that is new, oldest first, into the log.
-async fn round(options: &XOptions, inlet: &Inlet, budget: &mut Budget) -> Result<usize, ApiError> {
+async fn round(options: &XOptions, inlet: &Inlet) -> Result<usize, ApiError> {
     let wrong = |text| ApiError { failure: super::backoff::Failure::Http, status: None, text };
     let tickers = x_rules::watch_list(&options.watch_list).map_err(wrong)?;
     let queries = x_rules::rules(&tickers, &options.filter, MAX_QUERY, usize::MAX).map_err(wrong)?;
     let since = inlet.cursor(SOURCE).filter(|c| !c.is_empty() && c.bytes().all(|b| b.is_ascii_digit()));
     let mut found: BTreeMap<(usize, String), Incoming> = BTreeMap::new();
     for query in &queries {
-        pages(options, inlet, budget, query, since.as_deref(), &mut found).await?;
+        pages(options, inlet, query, since.as_deref(), &mut found).await?;
     }
     let count = found.len();
-    let posts: Vec<Incoming> = found
-        .into_values()
-        .map(|post| Incoming { cursor: Some(post.id.clone()), ..post })
-        .collect();
+    let posts: Vec<Incoming> =
+        found.into_values().map(|post| Incoming { cursor: Some(post.id.clone()), ..post }).collect();
     let stopped = |_| wrong("the process stops".to_owned());
     for part in posts.chunks(500) {
         inlet.deliver(SOURCE, part.to_vec()).await.map_err(stopped)?;
@@ -107,7 +110,6 @@ async fn round(options: &XOptions, inlet: &Inlet, budget: &mut Budget) -> Result
 async fn pages(
     options: &XOptions,
     inlet: &Inlet,
-    budget: &mut Budget,
     query: &str,
     since: Option<&str>,
     found: &mut BTreeMap<(usize, String), Incoming>,
@@ -137,7 +139,7 @@ async fn pages(
             text: format!("the answer is no JSON: {e}"),
         })?;
         let data = page["data"].as_array().map(Vec::as_slice).unwrap_or_default();
-        budget.spend(data.len() as u64);
+        options.budget().spend(data.len() as u64);
         for item in data {
             match x_api::post(item) {
                 Ok(post) => {
@@ -148,7 +150,7 @@ async fn pages(
         }
         next = page["meta"]["next_token"].as_str().map(str::to_owned);
         // At the very first start one page is enough to begin with.
-        if next.is_none() || since.is_none() || budget.left() == Some(0) {
+        if next.is_none() || since.is_none() || options.budget().left() == Some(0) {
             return Ok(());
         }
     }

@@ -12,7 +12,6 @@ use serde_json::Value;
 use super::backoff::{Backoff, Failure};
 use super::feeder::Feeder;
 use super::x_api::{self, ApiError, FIELDS, XOptions};
-use super::x_budget::Budget;
 use super::x_rules::{self, Synced};
 use super::{Running, Source};
 use crate::board::{Pace, State};
@@ -44,20 +43,23 @@ impl Source for XStream {
         Box::pin(async move {
             let options = &self.0;
             let mut backoff = Backoff::new(options.time_scale);
-            let mut budget = Budget::open(&options.budget_file, options.daily_posts);
             let mut rules = Rules::default();
             while !inlet.stopping() {
-                if let Some(wait) = budget.wait(time::now()) {
-                    let said = format!("the daily budget of {} posts is spent; goes on at 00:00 UTC", budget.spent());
+                let (wait, spent) = {
+                    let mut budget = options.budget();
+                    (budget.wait(time::now()), budget.spent())
+                };
+                if let Some(wait) = wait {
+                    let said = format!("the daily budget of {spent} posts is spent; goes on at 00:00 UTC");
                     inlet.board().set(SOURCE, State::Stopped, said);
                     nap(&inlet, wait.min(Duration::from_secs(60))).await;
                     continue;
                 }
                 let feeder = Feeder::start(inlet.clone(), SOURCE.into());
                 let mut lines = 0;
-                let ended = connection(options, &inlet, &feeder, &mut budget, &mut rules, &mut lines).await;
+                let ended = connection(options, &inlet, &feeder, &mut rules, &mut lines).await;
                 feeder.finish().await?;
-                budget.save();
+                options.budget().save();
                 let error = match ended {
                     Ok(End::Stopped) => return Err(Error::Stopped),
                     // The budget: the loop says so.
@@ -119,7 +121,6 @@ async fn connection(
     options: &XOptions,
     inlet: &Inlet,
     feeder: &Feeder,
-    budget: &mut Budget,
     rules: &mut Rules,
     lines: &mut u64,
 ) -> Result<End, ApiError> {
@@ -153,7 +154,9 @@ async fn connection(
             match rules.follow(options).await {
                 Ok(()) => inlet.board().set(SOURCE, State::Connected, said(&rules.synced)),
                 // The stream goes on with the old rules.
-                Err(e) => inlet.board().set(SOURCE, State::Connected, format!("the rules stay as they are: {}", e.text)),
+                Err(e) => {
+                    inlet.board().set(SOURCE, State::Connected, format!("the rules stay as they are: {}", e.text))
+                }
             }
         }
         let Some(piece) = body.next(silence).await? else {
@@ -165,10 +168,10 @@ async fn connection(
         while let Some(at) = rest.iter().position(|b| *b == b'\n') {
             let line = rest[..at].trim_ascii();
             rest = &rest[at + 1..];
-            if !line.is_empty() && !take_line(line, inlet, feeder, budget).await? {
+            if !line.is_empty() && !take_line(line, options, inlet, feeder).await? {
                 return Ok(End::Stopped);
             }
-            if budget.left() == Some(0) {
+            if options.budget().left() == Some(0) {
                 return Ok(End::Spent);
             }
         }
@@ -183,7 +186,7 @@ async fn connection(
 }
 
 /// One line of the stream: a post, or an error. False: the process stops.
-async fn take_line(line: &[u8], inlet: &Inlet, feeder: &Feeder, budget: &mut Budget) -> Result<bool, ApiError> {
+async fn take_line(line: &[u8], options: &XOptions, inlet: &Inlet, feeder: &Feeder) -> Result<bool, ApiError> {
     let raw = || String::from_utf8_lossy(line).into_owned();
     let value: Value = match serde_json::from_slice(line) {
         Ok(value) => value,
@@ -194,7 +197,7 @@ async fn take_line(line: &[u8], inlet: &Inlet, feeder: &Feeder, budget: &mut Bud
     };
     // With both, the errors are about parts of the post that were not available.
     if value["data"].is_object() {
-        budget.spend(1);
+        options.budget().spend(1);
         match x_api::post(&value["data"]) {
             Ok(post) => return Ok(feeder.feed(post).await.is_ok()),
             Err(reason) => inlet.dead_letter(DeadLetter::new(SOURCE, reason, &raw())),

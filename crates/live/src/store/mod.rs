@@ -17,6 +17,7 @@ use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use serde_json::Value;
 
 pub use read::{PostFilter, Reader, Readers};
+pub(crate) use read::{model_of, post_of_row};
 
 use crate::error::{Error, Result};
 use crate::post::ScoredPost;
@@ -129,7 +130,9 @@ impl Store {
         let version: i64 = db.query_row("PRAGMA user_version", [], |r| r.get(0)).map_err(Error::store(&path))?;
         if version != 1 {
             let what = format!("{}: expected a store of version 1, found {version}", path.display());
-            return Err(Error::Invalid(what + "\n  hint: it was written by another version of cashtag; give another --data"));
+            return Err(Error::Invalid(
+                what + "\n  hint: it was written by another version of cashtag; give another --data",
+            ));
         }
         Ok(Self { db, path, options, model })
     }
@@ -282,7 +285,16 @@ fn write_alerts(tx: &Transaction<'_>, alerts: &[Alert], webhook: bool) -> rusqli
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) ON CONFLICT DO NOTHING",
     )?;
     for a in alerts {
-        statement.execute(params![a.rule, a.key, a.window as i64, a.start, a.at, a.values.to_string(), a.text, !webhook])?;
+        statement.execute(params![
+            a.rule,
+            a.key,
+            a.window as i64,
+            a.start,
+            a.at,
+            a.values.to_string(),
+            a.text,
+            !webhook
+        ])?;
     }
     Ok(())
 }

@@ -74,6 +74,19 @@ impl Reader {
         })
     }
 
+    /// All series that there ever were.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn series(&self) -> Result<Vec<(Scope, String)>> {
+        self.run(|db| {
+            let mut statement = db.prepare_cached("SELECT scope, key FROM series ORDER BY scope, key")?;
+            let scope = |n: i64| Scope::ALL.get(n as usize).copied().unwrap_or(Scope::Ticker);
+            let rows = statement.query_map([], |r| Ok((scope(r.get(0)?), r.get(1)?)))?;
+            rows.collect()
+        })
+    }
+
     /// The windows of one series, oldest first; the newest `limit` of those in the range.
     ///
     /// # Errors
@@ -87,19 +100,17 @@ impl Reader {
         limit: usize,
     ) -> Result<Vec<Signal>> {
         self.run(|db| {
-            let name = db
-                .query_row("SELECT name FROM series WHERE scope = ?1 AND key = ?2", params![scope as i64, key], |r| r.get(0))
-                .optional()?
-                .flatten();
+            let sql = "SELECT name FROM series WHERE scope = ?1 AND key = ?2";
+            let name =
+                db.query_row(sql, params![scope as i64, key], |r| r.get::<_, Option<String>>(0)).optional()?.flatten();
             let mut statement = db.prepare_cached(
                 "SELECT start, revision, data FROM windows WHERE window = ?1 AND scope = ?2 AND key = ?3 \
                  AND start >= ?4 AND start <= ?5 ORDER BY start DESC LIMIT ?6",
             )?;
-            let name: Option<String> = name;
-            let rows = statement.query_map(
-                params![window as i64, scope as i64, key, range.0, range.1, limit as i64],
-                |row| signal_of_row(row, scope, key, name.as_deref(), window),
-            )?;
+            let rows = statement
+                .query_map(params![window as i64, scope as i64, key, range.0, range.1, limit as i64], |row| {
+                    signal_of_row(row, scope, key, name.as_deref(), window)
+                })?;
             let mut signals = rows.collect::<rusqlite::Result<Vec<_>>>()?;
             signals.reverse();
             Ok(signals)
@@ -201,7 +212,7 @@ pub(crate) fn model_of(info: &str) -> ModelInfo {
     }
 }
 
-pub(super) fn post_of_row(row: &Row<'_>) -> rusqlite::Result<ScoredPost> {
+pub(crate) fn post_of_row(row: &Row<'_>) -> rusqlite::Result<ScoredPost> {
     let parsed = |column: &str| row.get::<_, String>(column);
     Ok(ScoredPost {
         seq: row.get::<_, i64>("seq")? as u64,

@@ -65,8 +65,11 @@ impl Store {
             for (scope, key, name) in &series {
                 let Some(scope) = Scope::ALL.get(*scope as usize) else { continue };
                 for window in Window::ALL {
-                    let span = (2 * SPARKLINE as i64 * window.size())
-                        .max(if window == Window::H1 { (BASELINE_DAYS + 2) * DAY } else { 0 });
+                    let span = (2 * SPARKLINE as i64 * window.size()).max(if window == Window::H1 {
+                        (BASELINE_DAYS + 2) * DAY
+                    } else {
+                        0
+                    });
                     // The newest of each series is shown however old it is.
                     let newest: Option<Millis> = self
                         .db

@@ -52,7 +52,13 @@ impl AllSeries {
         let id = self.series.len() as u32;
         let key: Arc<str> = key.into();
         self.ids[scope as usize].insert(key.clone(), id);
-        self.series.push(Series { scope, key, name: name(), baseline: Baseline::default(), histories: Default::default() });
+        self.series.push(Series {
+            scope,
+            key,
+            name: name(),
+            baseline: Baseline::default(),
+            histories: Default::default(),
+        });
         Some(id)
     }
 

@@ -20,6 +20,7 @@ const FLAT: f64 = 0.1;
 /// A window of one ticker, one sector or the market.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Signal {
+    #[serde(serialize_with = "text")]
     pub key: Arc<str>,
     pub scope: Scope,
     pub name: Option<String>,
@@ -68,6 +69,10 @@ pub enum Trend {
     Rising,
     Falling,
     Flat,
+}
+
+fn text<S: serde::Serializer>(key: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(key)
 }
 
 fn rfc3339<S: serde::Serializer>(time: &Millis, serializer: S) -> Result<S::Ok, S::Error> {
@@ -120,7 +125,13 @@ impl History {
     }
 }
 
-pub(super) fn values(sums: &Accumulator, start: Millis, attention: Option<Attention>, history: &History, thin: Thin) -> Values {
+pub(super) fn values(
+    sums: &Accumulator,
+    start: Millis,
+    attention: Option<Attention>,
+    history: &History,
+    thin: Thin,
+) -> Values {
     let authors = sums.authors.count();
     let weight = sums.weight;
     // Kish's effective size: what the weighted posts are worth in equal ones.
@@ -253,7 +264,13 @@ mod tests {
     fn buzz_grows_and_stays_below_a_hundred() {
         let mut last = -1.0;
         for n in [0, 1, 5, 20, 100, 100_000] {
-            let v = values(&sums(&vec![1.0; n]), 0, Some(Attention { ratio: n as f64, z: 0.0 }), &History::default(), Thin::default());
+            let v = values(
+                &sums(&vec![1.0; n]),
+                0,
+                Some(Attention { ratio: n as f64, z: 0.0 }),
+                &History::default(),
+                Thin::default(),
+            );
             assert!(v.buzz_score > last && v.buzz_score <= 100.0, "{n}: {}", v.buzz_score);
             last = v.buzz_score;
         }

@@ -45,7 +45,7 @@ fn lora(g: &Value, backend: &CpuBackend, model: &Llama<CpuBackend>) -> Lora<CpuB
         a.extend(support::uniform(r * s.in_features, stream, (1.0 / (s.in_features as f64).sqrt()) as f32));
         b.extend(support::uniform(r * s.out_features, stream + 1, 0.02));
     }
-    Lora::new(backend, config, model.config(), &LoraTensors { a, b }, true).unwrap()
+    Lora::new(backend, config, model.config(), &LoraTensors { a, b, magnitude: Vec::new() }, true).unwrap()
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn check_gradients(precision: Precision, loss_tolerance: f64, tolerance: f64) {
             let (mut loss, mut tokens) = (0.0, 0);
             for chunk in refs.chunks(refs.len().div_ceil(batches)) {
                 let batch = pack(chunk, format.prefix(), train_on);
-                let pass = TrainPass { random: None, label_smoothing: 0.0, loss_scale: 1.0 };
+                let pass = TrainPass { random: None, label_smoothing: 0.0, loss_scale: 1.0, neftune_alpha: 0.0 };
                 loss += model.forward_backward(&backend, &batch, &mut lora, pass, &mut ws).unwrap().sum();
                 tokens += batch.loss_tokens;
             }
@@ -158,7 +158,7 @@ fn ten_steps_of_adamw() {
     for (i, expected) in g["adamw"]["curve"].as_array().unwrap().iter().enumerate() {
         let expected = floats(expected);
         lora.zero_grad(&backend).unwrap();
-        let pass = TrainPass { random: None, label_smoothing: 0.0, loss_scale: 1.0 };
+        let pass = TrainPass { random: None, label_smoothing: 0.0, loss_scale: 1.0, neftune_alpha: 0.0 };
         let loss = model.forward_backward(&backend, &batch, &mut lora, pass, &mut ws).unwrap().sum();
         let n = batch.loss_tokens as f64;
         let norm = lora.grad_norm(&backend).unwrap() / n;

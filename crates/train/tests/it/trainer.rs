@@ -7,11 +7,9 @@ use cashtag_llama::lora::{Lora, LoraConfig, LoraTensors, Module};
 use cashtag_llama::model::{Checkpointing, Llama};
 use cashtag_llama::packing::TokenizedExample;
 use cashtag_llama::prompt::PromptFormat;
-use cashtag_train::{
-    EndReason, Observer, SaveStrategy, SchedulerType, StepReport, TrainOutcome, Trainer, TrainingArguments,
-};
+use cashtag_train::{EndReason, SaveStrategy, SchedulerType, TrainOutcome, Trainer, TrainingArguments};
 
-use crate::support;
+use crate::support::{self, Watch};
 
 const TEXTS: [(&str, usize); 12] = [
     ("added to $VRDN on the dip, thesis unchanged", 0),
@@ -89,34 +87,13 @@ impl Setup {
             classifier: None,
             fingerprint: "test".into(),
             resume: true,
+            loss_scale: None,
         }
     }
 }
 
-/// Stops after some steps, as Ctrl-C does, and keeps what it saw.
-#[derive(Default)]
-struct Watch {
-    stop_after: Option<usize>,
-    reports: Vec<StepReport>,
-    warnings: Vec<String>,
-}
-
-impl Observer<CpuBackend> for Watch {
-    fn step(&mut self, report: &StepReport) {
-        self.reports.push(report.clone());
-    }
-    fn warn(&mut self, message: &str) {
-        self.warnings.push(message.into());
-    }
-    fn should_stop(&mut self) -> bool {
-        self.stop_after.is_some_and(|n| self.reports.len() >= n)
-    }
-}
-
 fn run(trainer: &mut Trainer<'_, CpuBackend>, stop_after: Option<usize>) -> (TrainOutcome, Watch) {
-    let mut watch = Watch { stop_after, ..Default::default() };
-    let outcome = trainer.run(&mut watch).unwrap();
-    (outcome, watch)
+    support::run(trainer, Watch { stop_after, ..Default::default() })
 }
 
 #[test]
@@ -135,7 +112,7 @@ fn an_interrupted_run_goes_on_bit_for_bit() {
         let (outcome, watch) = run(&mut trainer, Some(2));
         steps += watch.reports.len();
         if outcome.reason == EndReason::Finished {
-            assert_eq!(outcome.state.log_history.len(), 9 + 4);
+            assert_eq!(outcome.state.log_history.len(), 9 + 4 + 1);
             break trainer.adapter().unwrap().tensors;
         }
         assert_eq!(outcome.reason, EndReason::Interrupted);

@@ -7,32 +7,32 @@ use cashtag_backend::{
 use cashtag_backend_cpu::{CpuBackend, CpuBuffer, Precision};
 use proptest::prelude::*;
 
-fn backend() -> CpuBackend {
+pub(crate) fn backend() -> CpuBackend {
     CpuBackend::new(Precision::F32, 2).unwrap()
 }
 
 /// Reproducible values in (-1, 1), exactly representable in f32.
-fn values(n: usize, seed: u32) -> Vec<f64> {
+pub(crate) fn values(n: usize, seed: u32) -> Vec<f64> {
     (0..n as u32)
         .map(|i| f64::from((philox::philox4x32([i, 0, 0, 0], [seed, 9])[0] >> 9) as f32 / 4_194_304.0 - 1.0))
         .collect()
 }
 
-fn upload(b: &CpuBackend, v: &[f64]) -> CpuBuffer {
+pub(crate) fn upload(b: &CpuBackend, v: &[f64]) -> CpuBuffer {
     let v: Vec<f32> = v.iter().map(|&x| x as f32).collect();
     let mut buffer = b.zeros(Dtype::F32, v.len()).unwrap();
     b.upload(&v, &mut buffer, 0).unwrap();
     buffer
 }
 
-fn download(b: &CpuBackend, buffer: &CpuBuffer) -> Vec<f64> {
+pub(crate) fn download(b: &CpuBackend, buffer: &CpuBuffer) -> Vec<f64> {
     let mut out = vec![0f32; b.len(buffer)];
     b.download(buffer, 0, &mut out).unwrap();
     out.into_iter().map(f64::from).collect()
 }
 
 /// Central differences of Σ cotangent·f(x).
-fn differences(x: &[f64], cotangent: &[f64], f: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
+pub(crate) fn differences(x: &[f64], cotangent: &[f64], f: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f64> {
     let scalar = |x: &[f64]| -> f64 { f(x).iter().zip(cotangent).map(|(y, c)| y * c).sum() };
     let mut x = x.to_vec();
     (0..x.len())
@@ -48,7 +48,7 @@ fn differences(x: &[f64], cotangent: &[f64], f: impl Fn(&[f64]) -> Vec<f64>) -> 
         .collect()
 }
 
-fn assert_close(found: &[f64], expected: &[f64], what: &str) {
+pub(crate) fn assert_close(found: &[f64], expected: &[f64], what: &str) {
     assert_eq!(found.len(), expected.len());
     let norm = expected.iter().map(|e| e * e).sum::<f64>().sqrt();
     let error = found.iter().zip(expected).map(|(f, e)| (f - e) * (f - e)).sum::<f64>().sqrt();

@@ -1,0 +1,164 @@
+//! Puts everything together: one process on one machine.
+//!
+//! The caller's thread runs the pipeline (a model may be bound to its thread); sources and the API are tasks of a runtime
+//! beside it. The data directory holds `log/`, `live.sqlite` and `author.key`.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, RwLock};
+
+use cashtag_http::{Config, Server};
+use serde_json::Value;
+
+use crate::alerts::{Alerts, Rule};
+use crate::api;
+use crate::board::{Board, SourceStatus};
+use crate::error::{Error, Result};
+use crate::hub::Hub;
+use crate::inlet::Inlet;
+use crate::log::{Log, LogOptions};
+use crate::pipeline::{Parts, Pipeline, PipelineOptions};
+use crate::post::AuthorKey;
+use crate::scorer::Scorer;
+use crate::sources::{self, Source};
+use crate::state::{Counters, Shared};
+use crate::store::{Readers, Store, StoreOptions};
+use crate::tickers::Tickers;
+use crate::webhook;
+use crate::windows::WindowOptions;
+
+/// Questions of the API that wait for the model.
+const QUESTIONS: usize = 64;
+
+pub struct LiveOptions {
+    pub data: PathBuf,
+    pub log: LogOptions,
+    pub store: StoreOptions,
+    pub windows: WindowOptions,
+    pub pipeline: PipelineOptions,
+    pub rules: Vec<Rule>,
+    /// Where alerts are sent.
+    pub webhook: Option<String>,
+    /// Where the API listens; `None`: nowhere.
+    pub http: Option<Config>,
+    /// What `/v1/quality` shows.
+    pub quality: Value,
+    pub tickers: Arc<dyn Tickers>,
+}
+
+impl LiveOptions {
+    pub fn new(data: PathBuf, tickers: Arc<dyn Tickers>) -> Self {
+        Self {
+            data,
+            log: LogOptions::default(),
+            store: StoreOptions::default(),
+            windows: WindowOptions::default(),
+            pipeline: PipelineOptions::default(),
+            rules: Vec::new(),
+            webhook: None,
+            http: None,
+            quality: Value::Object(serde_json::Map::new()),
+            tickers,
+        }
+    }
+}
+
+/// Said once everything runs.
+pub struct Started<'a> {
+    /// `http://127.0.0.1:8000`
+    pub url: Option<&'a str>,
+    pub warnings: &'a [String],
+    pub shared: &'a Arc<Shared>,
+}
+
+/// How it ended.
+pub struct Summary {
+    pub sources: std::collections::BTreeMap<String, SourceStatus>,
+    pub shared: Arc<Shared>,
+}
+
+/// Runs until `stop` is set, or everything is done and that was asked for.
+///
+/// # Errors
+/// A data directory that cannot be used, an address that cannot be listened on, a damaged log.
+pub fn run(
+    options: LiveOptions,
+    sources: Vec<Box<dyn Source>>,
+    scorer: &mut dyn Scorer,
+    stop: Arc<AtomicBool>,
+    started: impl FnOnce(Started<'_>),
+) -> Result<Summary> {
+    let data = &options.data;
+    std::fs::create_dir_all(data).map_err(Error::io("create", data))?;
+    let log = Log::open(&data.join("log"), options.log.clone())?;
+    let model = scorer.info();
+    let store = Store::open(data, &model, StoreOptions { webhook: options.webhook.is_some(), ..options.store })?;
+    let (hub, readers) = (Hub::default(), Readers::new(data));
+    let board = Board::new(hub.clone());
+    let names = AuthorKey::open(data)?;
+    let inlet = Inlet::new(log.clone(), readers.clone(), names, model.version(), board, stop.clone());
+    let (questions, asked) = sync_channel(QUESTIONS);
+    let shared = Arc::new(Shared {
+        hub,
+        inlet: inlet.clone(),
+        readers,
+        model,
+        snapshot: RwLock::default(),
+        delays: Mutex::default(),
+        counters: Counters::default(),
+        questions,
+        quality: options.quality,
+        tickers: options.tickers,
+        delivered: Mutex::default(),
+    });
+    let mut pipeline = Pipeline::resume(Parts {
+        shared: shared.clone(),
+        log,
+        store,
+        scorer,
+        questions: asked,
+        alerts: Alerts::new(options.rules),
+        windows: options.windows,
+        options: options.pipeline,
+        stop: stop.clone(),
+    })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("live")
+        .enable_all()
+        .build()
+        .map_err(Error::io("start threads for", data))?;
+    let server = match options.http {
+        None => None,
+        Some(mut config) => {
+            config.guard.open.extend(api::page::open_paths());
+            let bound = runtime.block_on(Server::bind(config));
+            Some(bound.map_err(|e| Error::Invalid(e.to_string()))?)
+        }
+    };
+    let url = server.as_ref().map(Server::url);
+    let warnings = server.as_ref().map(|s| s.warnings().to_vec()).unwrap_or_default();
+    started(Started { url: url.as_deref(), warnings: &warnings, shared: &shared });
+    let serving = server.map(|server| {
+        let shutdown = server.shutdown();
+        let router = api::router(shared.clone(), shutdown.clone());
+        (shutdown, runtime.spawn(server.run(router, std::future::pending())))
+    });
+    if let Some(address) = options.webhook {
+        runtime.spawn(webhook::deliver(shared.clone(), address));
+    }
+    for source in sources {
+        sources::start(source, inlet.clone(), runtime.handle());
+    }
+    let outcome = pipeline.run();
+    // Sources stop before the next checkpoint would be needed; requests that have begun are answered.
+    stop.store(true, std::sync::atomic::Ordering::SeqCst);
+    if let Some((shutdown, task)) = serving {
+        shutdown.begin();
+        let _ = runtime.block_on(async { tokio::time::timeout(std::time::Duration::from_secs(5), task).await });
+    }
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    outcome?;
+    Ok(Summary { sources: shared.inlet.board().all(), shared })
+}

@@ -1,0 +1,78 @@
+//! Parquet that DuckDB, polars and pandas read in one line.
+
+use std::process::Command;
+
+use cashtag_live::export::export;
+use cashtag_live::sources::file::{Replay, Speed};
+
+use crate::oracle::{expect, lines, stream};
+use crate::rig::{options, run_to_end, write};
+
+/// Each reads the same numbers its own way and prints them.
+const READERS: [(&str, &str); 3] = [
+    (
+        "duckdb",
+        "import duckdb, sys
+b = sys.argv[1] + '/bars/**/*.parquet'
+q = lambda s: duckdb.sql(s).fetchone()
+print(q(f\"select count(*), sum(mentions) from read_parquet('{b}', hive_partitioning=true) where ticker='AAA' and interval='1m'\"))
+print(q(f\"select count(*), count(distinct date) from '{sys.argv[1]}/scores/**/*.parquet'\"))
+print(q(f\"select count(*) from '{sys.argv[1]}/scores/**/*.parquet' where list_contains(tickers, 'AAA') and available_at >= received_at and p_positive > 0.5\"))",
+    ),
+    (
+        "polars",
+        "import polars as pl, sys
+b = pl.scan_parquet(sys.argv[1] + '/bars/**/*.parquet', hive_partitioning=True).filter((pl.col('ticker') == 'AAA') & (pl.col('interval') == '1m')).collect()
+print((b.height, b['mentions'].sum()))
+s = pl.scan_parquet(sys.argv[1] + '/scores/**/*.parquet', hive_partitioning=True).collect()
+print((s.height, s['date'].n_unique()))
+print((s.filter(pl.col('tickers').list.contains('AAA') & (pl.col('available_at') >= pl.col('received_at')) & (pl.col('p_positive') > 0.5)).height,))",
+    ),
+    (
+        "pandas",
+        "import pandas as pd, sys
+b = pd.read_parquet(sys.argv[1] + '/bars')
+b = b[(b.ticker == 'AAA') & (b.interval == '1m')]
+print((len(b), int(b.mentions.sum())))
+s = pd.read_parquet(sys.argv[1] + '/scores')
+print((len(s), s.date.nunique()))
+print((int((s.tickers.apply(lambda t: 'AAA' in t) & (s.available_at >= s.received_at) & (s.p_positive > 0.5)).sum()),))",
+    ),
+];
+
+#[test]
+fn the_usual_tools_read_the_export() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let mut posts = stream(600, 41);
+    // Over midnight.
+    let midnight = posts[300].time / 86_400_000 * 86_400_000 + 86_400_000;
+    let shift = midnight - posts[300].time;
+    posts.iter_mut().for_each(|p| p.time += shift);
+    let path = write(dir.path(), "day.jsonl", &lines(&posts));
+    run_to_end(options(&data), vec![Box::new(Replay::file(path, Speed::Fastest))]).unwrap();
+    let out = dir.path().join("out");
+    let first = export(&data, &out, None).unwrap();
+    assert_eq!((first.posts, first.files.len()), (600, 2 + 4 * 2));
+    assert!(out.join("bars/interval=1m").is_dir());
+    assert_eq!(export(&data, &out, None).unwrap(), first, "again");
+    // Of revisions, a reader takes the last: here each window has one.
+    let windows: Vec<u64> = expect(&posts)
+        .into_iter()
+        .filter(|(k, _)| k.0 == "1m" && k.2 == "AAA")
+        .map(|(_, want)| want.mentions())
+        .collect();
+    let bullish = posts.iter().filter(|p| p.text.contains("$AAA") && p.text.contains("up")).count();
+    let want = format!("({}, {})\n(600, 2)\n({bullish},)\n", windows.len(), windows.iter().sum::<u64>());
+    let python = std::env::var("CASHTAG_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
+    for (module, script) in READERS {
+        let there = Command::new(&python).args(["-c", &format!("import {module}")]).output();
+        if !there.is_ok_and(|o| o.status.success()) {
+            println!("skipped: no {module} for {python} (CASHTAG_TEST_PYTHON names another)");
+            continue;
+        }
+        let output = Command::new(&python).args(["-c", script]).arg(&out).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(said, want, "{module}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}

@@ -1,0 +1,12 @@
+//! The pipeline as a whole, over real files, sockets and processes. The model is a pure function of the text, so that an
+//! oracle can compute every number from the input alone; the real model is tested with the binary.
+
+mod api;
+mod export;
+mod faults;
+mod jetstream;
+mod kill;
+mod oracle;
+mod replay;
+mod rig;
+mod x;

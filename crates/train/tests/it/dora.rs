@@ -1,0 +1,220 @@
+//! DoRA: loss and the gradient of every factor and magnitude against PEFT (`dora.json`, made by `make_dora_goldens.py`), the
+//! magnitudes against finite differences, files and resume.
+
+use cashtag_backend::Backend;
+use cashtag_backend_cpu::{CpuBackend, Precision};
+use cashtag_llama::adapter::Adapter;
+use cashtag_llama::lora::{Lora, LoraConfig, LoraTensors, Module};
+use cashtag_llama::model::{Checkpointing, Llama, Purpose, TrainPass};
+use cashtag_llama::packing::{TokenizedExample, TrainOn, pack};
+use cashtag_train::{OptimizerState, TrainingArguments, Values};
+use serde_json::Value;
+
+use crate::arguments::names;
+use crate::support::{self, PREFIX, Tiny, Watch, quiet};
+
+fn floats(v: &Value) -> Vec<f64> {
+    v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+fn stream(layer: usize, module: Module) -> usize {
+    3 * (7 * layer + module as usize)
+}
+
+fn config(g: &Value) -> LoraConfig {
+    LoraConfig {
+        r: g["r"].as_u64().unwrap() as usize,
+        lora_alpha: g["alpha"].as_f64().unwrap() as f32,
+        lora_dropout: 0.0,
+        target_modules: Module::ALL.to_vec(),
+        layers_to_transform: Some(floats(&g["layers"]).into_iter().map(|l| l as usize).collect()),
+        use_dora: true,
+        ..Default::default()
+    }
+}
+
+/// The script's factors; its magnitudes are the norms of the weights, which a new adapter takes by itself, times 1 + u/10.
+fn lora(g: &Value, backend: &CpuBackend, model: &Llama<CpuBackend>) -> Lora<CpuBackend> {
+    let config = config(g);
+    let fresh = LoraTensors::init(&config, model.config(), 0);
+    let mut lora = Lora::new(backend, config, model.config(), &fresh, true).unwrap();
+    model.prepare(backend, &mut lora).unwrap();
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    let mut magnitude = lora.tensors(backend).unwrap().magnitude;
+    let r = lora.config.r;
+    for s in lora.slots() {
+        let stream = stream(s.layer, s.module);
+        a.extend(support::uniform(r * s.in_features, stream, (1.0 / (s.in_features as f64).sqrt()) as f32));
+        b.extend(support::uniform(r * s.out_features, stream + 1, 0.02));
+        let factors = support::uniform(s.out_features, stream + 2, 0.1);
+        for (m, u) in magnitude[s.magnitude_offset(r)..].iter_mut().zip(factors) {
+            *m *= 1.0 + u;
+        }
+    }
+    let config = lora.config.clone();
+    let mut lora = Lora::new(backend, config, model.config(), &LoraTensors { a, b, magnitude }, true).unwrap();
+    model.prepare(backend, &mut lora).unwrap();
+    lora
+}
+
+#[test]
+fn losses_and_gradients_are_those_of_peft() {
+    let g: Value = serde_json::from_str(include_str!("dora.json")).unwrap();
+    let (backend, model, checkpoint) = support::load(Precision::F32);
+    let format = support::format(&checkpoint, g["system"].as_str().unwrap());
+    let label = |name: &Value| format.label_names().iter().position(|l| l == name.as_str().unwrap()).unwrap();
+    let texts = g["texts"].as_array().unwrap();
+    let examples: Vec<TokenizedExample> =
+        texts.iter().map(|t| format.example(t[0].as_str().unwrap(), label(&t[1]), 1.0).unwrap()).collect();
+    let refs: Vec<&TokenizedExample> = examples.iter().collect();
+    let mut lora = lora(&g, &backend, &model);
+    let r = lora.config.r;
+    let mut ws = model.workspace(&backend, 512, Purpose::Training(Checkpointing::None), Some(&lora)).unwrap();
+    let batch = pack(&refs, format.prefix(), TrainOn::Answer);
+    for (key, label_smoothing) in [("plain", 0.0), ("smoothed", 0.1)] {
+        lora.zero_grad(&backend).unwrap();
+        let pass = TrainPass { random: None, label_smoothing, loss_scale: 1.0, neftune_alpha: 0.0 };
+        let loss = model.forward_backward(&backend, &batch, &mut lora, pass, &mut ws).unwrap().sum();
+        let tokens = batch.loss_tokens as f64;
+        assert_eq!(tokens, g[key]["tokens"].as_f64().unwrap());
+        let (loss, expected) = (loss / tokens, g[key]["loss"].as_f64().unwrap());
+        assert!((loss - expected).abs() < 1e-5 * expected, "{key}: loss {loss} for {expected}");
+        let gradients: Vec<Vec<f32>> = lora
+            .groups()
+            .map(|(_, group)| {
+                let mut values = vec![0f32; group.len];
+                backend.download(&group.training.as_ref().unwrap().gradient, 0, &mut values).unwrap();
+                values.iter().map(|v| v / tokens as f32).collect()
+            })
+            .collect();
+        let mut worst = 0f64;
+        for s in lora.slots() {
+            let first = stream(s.layer, s.module);
+            let parts = [
+                &gradients[0][s.a_offset..s.a_offset + r * s.in_features],
+                &gradients[1][s.b_offset..s.b_offset + r * s.out_features],
+                &gradients[2][s.magnitude_offset(r)..s.magnitude_offset(r) + s.out_features],
+            ];
+            for (i, values) in parts.into_iter().enumerate() {
+                let expected = floats(&g[key]["gradients"][(first + i).to_string()]);
+                let found = support::fingerprint(values, first + i);
+                let error = found[1..].iter().zip(&expected[1..]).map(|(f, e)| (f - e) * (f - e)).sum::<f64>() / 8.0;
+                let error = error.sqrt() / expected[0];
+                assert!(error < 1e-3, "{key}: {:?} of layer {}, part {i}: {error:e}", s.module, s.layer);
+                worst = worst.max(error);
+            }
+        }
+        println!("{key}: worst relative error of a gradient {worst:.1e}");
+    }
+}
+
+/// Norms do not depend on the magnitudes, so their gradient is a plain derivative.
+#[test]
+fn magnitudes_by_finite_differences() {
+    let tiny = Tiny::new(Precision::F32);
+    let config = LoraConfig { use_dora: true, lora_dropout: 0.0, ..Tiny::lora_config() };
+    let mut lora = tiny.lora(config);
+    let b = support::uniform(lora.b.len, 9, 0.1);
+    lora.groups_mut().filter(|(n, _)| *n == "b").for_each(|(_, g)| g.upload(&tiny.backend, &b).unwrap());
+    let norms = {
+        let mut fresh = tiny.lora(lora.config.clone());
+        tiny.model.prepare(&tiny.backend, &mut fresh).unwrap();
+        fresh.tensors(&tiny.backend).unwrap().magnitude
+    };
+    let spread = support::uniform(norms.len(), 11, 0.2);
+    let magnitudes: Vec<f32> = norms.iter().zip(&spread).map(|(n, u)| n * (1.0 + u)).collect();
+    let direction = support::uniform(norms.len(), 12, 0.3);
+    let refs: Vec<&TokenizedExample> = tiny.examples.iter().collect();
+    let batch = pack(&refs, &PREFIX, TrainOn::Answer);
+    let mut ws = tiny.model.workspace(&tiny.backend, 512, Purpose::Training(Checkpointing::None), Some(&lora)).unwrap();
+    let mut loss_at = |lora: &mut Lora<CpuBackend>, t: f32| -> f64 {
+        let moved: Vec<f32> = magnitudes.iter().zip(&direction).map(|(m, d)| m + t * d).collect();
+        lora.groups_mut()
+            .filter(|(n, _)| *n == "magnitude")
+            .for_each(|(_, g)| g.upload(&tiny.backend, &moved).unwrap());
+        tiny.model.prepare(&tiny.backend, lora).unwrap();
+        lora.zero_grad(&tiny.backend).unwrap();
+        let pass = TrainPass { random: None, label_smoothing: 0.0, loss_scale: 1.0, neftune_alpha: 0.0 };
+        tiny.model.forward_backward(&tiny.backend, &batch, lora, pass, &mut ws).unwrap().sum()
+    };
+    let h = 0.05;
+    let slope = (loss_at(&mut lora, h) - loss_at(&mut lora, -h)) / (2.0 * f64::from(h));
+    loss_at(&mut lora, 0.0);
+    let group = &lora.dora.as_ref().unwrap().magnitude;
+    let mut gradient = vec![0f32; group.len];
+    tiny.backend.download(&group.training.as_ref().unwrap().gradient, 0, &mut gradient).unwrap();
+    let expected: f64 = gradient.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+    assert!((slope / expected - 1.0).abs() < 1e-2, "{slope} for {expected}");
+}
+
+/// A new adapter changes nothing, whatever it is; a trained one has learnt magnitudes of its own, which stand in its file.
+#[test]
+fn an_adapter_with_magnitudes() {
+    let tiny = Tiny::new(Precision::F32);
+    let dir = tempfile::tempdir().unwrap();
+    let config = LoraConfig { use_dora: true, ..Tiny::lora_config() };
+    let refs: Vec<&TokenizedExample> = tiny.examples.iter().collect();
+    let batch = pack(&refs, &PREFIX, TrainOn::Answer);
+    let loss = |lora: Option<&Lora<CpuBackend>>| {
+        let mut ws = tiny.model.workspace(&tiny.backend, 512, Purpose::Inference, lora).unwrap();
+        tiny.model.loss(&tiny.backend, &batch, lora, 0.0, &mut ws).map(|l| l.sum())
+    };
+    let mut fresh = tiny.lora(config.clone());
+    assert!(loss(Some(&fresh)).unwrap_err().to_string().contains("out of date"));
+    tiny.model.prepare(&tiny.backend, &mut fresh).unwrap();
+    let (with, without) = (loss(Some(&fresh)).unwrap(), loss(None).unwrap());
+    assert!((with / without - 1.0).abs() < 1e-6, "{with} for {without}");
+    let begin = fresh.tensors(&tiny.backend).unwrap().magnitude;
+    assert!(begin.iter().all(|m| *m > 0.05), "norms of 64 and 96 weights with a deviation of 0.02");
+
+    let mut trainer =
+        tiny.trainer_with(dir.path(), TrainingArguments { num_train_epochs: 8.0, ..quiet() }, config.clone());
+    let (_, watch) = support::run(&mut trainer, Watch::default());
+    assert!(watch.reports.last().unwrap().loss < watch.reports[0].loss - 0.3);
+    let adapter = trainer.adapter().unwrap();
+    assert!(adapter.tensors.magnitude.iter().zip(&begin).all(|(a, b)| a != b));
+    let (_, _, plain) = {
+        let mut trainer = tiny.trainer(dir.path(), TrainingArguments { num_train_epochs: 8.0, ..quiet() });
+        let (o, w) = support::run(&mut trainer, Watch::default());
+        (o, w, trainer.adapter().unwrap())
+    };
+    assert_ne!(plain.tensors.b, adapter.tensors.b);
+
+    let path = dir.path().join("adapter");
+    adapter.save(&path, tiny.model.config()).unwrap();
+    let names = names(&path);
+    assert_eq!(names.len(), 3 * 2 * 7);
+    assert!(names.contains(&"base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector".to_string()));
+    let read = Adapter::load(&path, tiny.model.config()).unwrap();
+    assert_eq!((&read.tensors, &read.lora), (&adapter.tensors, &adapter.lora));
+    let mut again = Lora::new(&tiny.backend, read.lora, tiny.model.config(), &read.tensors, false).unwrap();
+    tiny.model.prepare(&tiny.backend, &mut again).unwrap();
+    assert_eq!(loss(Some(&again)).unwrap(), loss(Some(&trainer.lora)).unwrap());
+}
+
+/// Interrupted in the middle, with DoRA, 8-bit moments, noise and dropout all at once: the same bits.
+#[test]
+fn goes_on_bit_for_bit() {
+    let tiny = Tiny::new(Precision::best());
+    let arguments = TrainingArguments {
+        optim: cashtag_train::Optimizer::AdamW8bit,
+        neftune_noise_alpha: 5.0,
+        label_smoothing_factor: 0.1,
+        ..quiet()
+    };
+    let config = || LoraConfig { use_dora: true, r: 64, ..Tiny::lora_config() };
+    let dir = tempfile::tempdir().unwrap();
+    let mut whole = tiny.trainer_with(dir.path(), arguments.clone(), config());
+    support::run(&mut whole, Watch::default());
+    let dir = tempfile::tempdir().unwrap();
+    for _ in 0..2 {
+        let mut part = tiny.trainer_with(dir.path(), arguments.clone(), config());
+        support::run(&mut part, Watch { stop_after: Some(2), ..Default::default() });
+    }
+    let mut rest = tiny.trainer_with(dir.path(), arguments, config());
+    let (_, watch) = support::run(&mut rest, Watch::default());
+    assert_eq!(watch.reports.iter().map(|r| r.step).collect::<Vec<_>>(), [5, 6]);
+    let state = |lora: &Lora<CpuBackend>| OptimizerState::download(&tiny.backend, lora).unwrap();
+    assert_eq!(state(&rest.lora), state(&whole.lora));
+    assert!(matches!(state(&rest.lora).get("a.m8"), Some(Values::U8(_))));
+}
