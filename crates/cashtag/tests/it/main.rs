@@ -10,6 +10,7 @@ mod labels;
 mod live;
 mod model_commands;
 mod pull;
+mod serve;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
 mod server;
 mod tiny;
