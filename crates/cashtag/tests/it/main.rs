@@ -3,11 +3,11 @@
 mod cli;
 mod config;
 mod context;
+mod export;
+mod generation;
 mod killed;
 mod labels;
 mod live;
-mod export;
-mod generation;
 mod model_commands;
 mod pull;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
