@@ -118,6 +118,7 @@ fn adapter(dir: &Path) {
         target_modules: vec![Module::ALL[0]],
         use_rslora: false,
         layers_to_transform: None,
+        use_dora: false,
     };
     let mut tensors = LoraTensors::init(&lora, &model, 1);
     tensors.b.iter_mut().enumerate().for_each(|(i, b)| *b = ((i % 7) as f32 - 3.0) * 0.05);
