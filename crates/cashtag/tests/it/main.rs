@@ -3,12 +3,13 @@
 mod cli;
 mod config;
 mod context;
+mod export;
+mod generation;
 mod killed;
 mod labels;
 mod live;
-mod export;
-mod generation;
 mod model_commands;
+mod page;
 mod pull;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
 mod server;
