@@ -4,7 +4,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 fn runs(program: &str) -> bool {
-    Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
+    Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|s| s.success())
 }
 
 /// Node, the test's tools and Chromium; or what is missing.
@@ -32,7 +37,12 @@ pub(crate) fn try_in_chromium(url: &str, tests: &str) -> bool {
             return false;
         }
     };
-    let output = Command::new(node).arg(script).args(["--url", url, "--only", tests]).env("CHROMIUM", chromium).output().unwrap();
+    let output = Command::new(node)
+        .arg(script)
+        .args(["--url", url, "--only", tests])
+        .env("CHROMIUM", chromium)
+        .output()
+        .unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
     println!("{stdout}");
     assert!(output.status.success(), "{stdout}\n{}", String::from_utf8_lossy(&output.stderr));
