@@ -37,7 +37,11 @@ export class Pipeline {
     this.asOf = Date.now();
     this.total = 0;
     this.onEvent = () => {};
-    setInterval(() => this.flush(), 250);
+    this.timer = setInterval(() => this.flush(), 250);
+  }
+
+  stop() {
+    clearInterval(this.timer);
   }
 
   addNames(csv) {

@@ -5,11 +5,12 @@
 //   node dev/server.mjs                       the demo day at 60 times its speed, on http://127.0.0.1:8600
 //   node dev/server.mjs --speed 600 --start 12:20
 //   node dev/server.mjs --load 100 --tickers 500     100 posts/s over 500 tickers
+//   node dev/server.mjs --api http://127.0.0.1:8080   the page from here, everything else from a running cashtag live
 //   node dev/server.mjs --key secret          requests need "Authorization: Bearer secret"
 //   node dev/server.mjs --metrics FILE        a metrics.json for the view of the model; "drawn" for invented numbers
 //   node dev/server.mjs --cut 20              every stream is cut after 20 s; --mute 15: silent from then on
 import { createReadStream, existsSync, readFileSync } from "node:fs";
-import { createServer } from "node:http";
+import { createServer, request as ask } from "node:http";
 import { dirname, extname, join, normalize } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
@@ -21,7 +22,7 @@ const here = dirname(fileURLToPath(import.meta.url));
 const { values: args } = parseArgs({ options: {
   port: { type: "string", default: "8600" }, speed: { type: "string", default: "60" }, start: { type: "string", default: "11:00" },
   load: { type: "string" }, tickers: { type: "string", default: "500" }, key: { type: "string" }, cut: { type: "string" },
-  mute: { type: "string" }, metrics: { type: "string" }, hostile: { type: "boolean", default: false },
+  mute: { type: "string" }, metrics: { type: "string" }, hostile: { type: "boolean", default: false }, api: { type: "string" },
 } });
 
 const TYPES = { ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml" };
@@ -79,11 +80,24 @@ const reply = (response, value) => {
   response.end(JSON.stringify(value));
 };
 
+/** Hands a request on to a real pipeline; streams stay streams. */
+function forward(request, response) {
+  const target = new URL(request.url, args.api);
+  const onward = ask(target, { method: request.method, headers: { ...request.headers, host: target.host } }, (answer) => {
+    response.writeHead(answer.statusCode, answer.headers);
+    answer.pipe(response);
+  });
+  onward.on("error", (error) => response.headersSent ? response.destroy() : fail(response, 502, error.message));
+  response.on("close", () => onward.destroy());
+  request.pipe(onward);
+}
+
 createServer((request, response) => {
   const url = new URL(request.url, "http://localhost");
   const path = url.pathname;
   const q = Object.fromEntries(url.searchParams);
   if (!path.startsWith("/v1/")) return asset(path, response);
+  if (args.api) return forward(request, response);
   if (args.key && request.headers.authorization !== `Bearer ${args.key}`) return fail(response, 401, "a key is needed");
   const window = q.window ?? "5m";
   if (path === "/v1/stream") return stream(request, response, url);
@@ -105,8 +119,9 @@ createServer((request, response) => {
   }
   return fail(response, 404, "no such path");
 }).listen(Number(args.port), "127.0.0.1", function () {
-  console.log(`FOR DEVELOPMENT, word-list scores: http://127.0.0.1:${this.address().port}`);
+  console.log(`FOR DEVELOPMENT, ${args.api ? `with ${args.api}` : "word-list scores"}: http://127.0.0.1:${this.address().port}`);
 });
 
-if (args.load) pipeline.load(Number(args.load), Number(args.tickers), args.hostile);
+if (args.api) pipeline.stop();
+else if (args.load) pipeline.load(Number(args.load), Number(args.tickers), args.hostile);
 else pipeline.replay(join(here, "../../crates/live/demo"), Number(args.speed), args.start);

@@ -140,3 +140,20 @@ fn the_demo_needs_nothing_but_the_model() {
     drop(live);
     assert!(!context.path("live-data").exists());
 }
+
+/// Live updates, keyboard, accessibility, a phone, hostile posts: on the real server, not on the one for development.
+#[test]
+fn the_page_works_in_a_browser() {
+    let Some(context) = context() else { return };
+    let here = context.path("").display().to_string();
+    let context = context.env("TMPDIR", here);
+    let live = Live::start(&context, &["--demo", "--speed", "60"]);
+    let agent = ureq::Agent::new_with_config(ureq::Agent::config_builder().proxy(None).build());
+    let page = agent.get(&live.url).call().unwrap().body_mut().read_to_string().unwrap();
+    if !page.contains("/assets/main-") {
+        println!("skipped: the page is not in this build (make web)");
+        return;
+    }
+    live.until("its first posts", |l| mentions(l, "market") > 30);
+    super::page::try_in_chromium(&live.url, "live,keyboard,axe,phone,hostile");
+}
