@@ -260,6 +260,7 @@ impl Shared {
         };
         let declared = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok());
         if declared.is_some_and(|n: u64| n > limit as u64) || body.size_hint().lower() > limit as u64 {
+            discard(body).await;
             return Err(too_large());
         }
         let (mut read, mut permits, mut paid) = (BytesMut::new(), Vec::new(), 0);
@@ -286,7 +287,11 @@ impl Shared {
             Ok(())
         };
         match tokio::time::timeout(self.limits.body, reading).await {
-            Ok(outcome) => outcome?,
+            Ok(Ok(())) => {}
+            Ok(Err(problem)) => {
+                discard(body).await;
+                return Err(problem);
+            }
             Err(_) => {
                 let seconds = self.limits.body.as_secs_f64();
                 let message = format!("the body did not arrive within {seconds} s");
@@ -342,6 +347,25 @@ impl Shared {
             }
         }
     }
+}
+
+/// Reads some of what is not wanted: a connection that is closed with unread bytes is reset, and its client may never see
+/// the answer.
+async fn discard<B>(mut body: B)
+where
+    B: axum::body::HttpBody<Data = Bytes> + Send + Unpin + 'static,
+{
+    const MOST: usize = 32 << 20;
+    let reading = async {
+        let mut read = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            read += frame.data_ref().map_or(0, Bytes::len);
+            if read > MOST {
+                return;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(1), reading).await;
 }
 
 enum Admitted {

@@ -115,6 +115,9 @@ async fn choose(
     texts: &[String],
     answers: Vec<Vec<u32>>,
 ) -> Result<Response, Problem> {
+    if answers.iter().any(Vec::is_empty) {
+        return Err(invalid("structured_outputs", "structured_outputs: an answer has no tokens"));
+    }
     let lengths: Vec<usize> = answers.iter().map(Vec::len).collect();
     let scores = service.engine.choose(writing.served.clone(), writing.prompt.clone(), answers).await?;
     let chosen = options.sampling.choose(&scores, 0).map_err(|e| Problem::from(Failure::Device(e.to_string())))?;
