@@ -57,8 +57,11 @@ model: build
 run: build
 	$(CASHTAG) run $(ARGS)
 
+# With the adapter of the newest run, if there is one: the base model was not fine-tuned for this.
+NEWEST_ADAPTER = $(addprefix --adapter ,$(lastword $(sort $(wildcard runs/*/adapter))))
+
 demo: build
-	$(CASHTAG) live --demo $(ARGS)
+	$(CASHTAG) live --demo $(NEWEST_ADAPTER) $(ARGS)
 
 # Without it one test says that it skips; so a machine on which pip cannot have it is no reason to stop.
 nvrtc:

@@ -173,7 +173,7 @@ fn c_out(c: &mut AnyViewMut<'_>) -> (COut, usize, usize) {
 /// Runs `f` with the words of a row-major A; copies it first if a row does not start on a whole word or k is odd.
 fn with_a_words<R>(a: View<'_, Bf16>, scratch: &Scratch, f: impl FnOnce(AWords) -> R) -> R {
     let k_words = a.cols.div_ceil(2);
-    if a.stride % 2 == 0 && a.cols % 2 == 0 {
+    if a.stride.is_multiple_of(2) && a.cols.is_multiple_of(2) {
         return f(AWords { ptr: a.data.as_ptr().cast(), row_stride: a.stride / 2, k_stride: 1, rows: a.rows, k_words });
     }
     scratch.with_words(|words| {

@@ -11,8 +11,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 
-use cashtag_backend::dynamic_map::{SIGNED, UNSIGNED};
 use cashtag_backend::dry::Product;
+use cashtag_backend::dynamic_map::{SIGNED, UNSIGNED};
 use cashtag_backend::{Dtype, Error, RawWeight, Result, WeightSource};
 use cudarc::driver::result;
 

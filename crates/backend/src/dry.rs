@@ -185,7 +185,8 @@ impl Backend for DryBackend {
 
     fn capabilities(&self) -> Capabilities {
         let description = "counts and computes nothing".into();
-        Capabilities { device: "none".into(), description, memory_total: None, memory_free: None, nominal_rate: 0.0 }
+        let device = "none".into();
+        Capabilities { device, description, memory_total: None, memory_free: None, nominal_rate: 0.0 }
     }
 
     fn compute_dtype(&self) -> Dtype {
@@ -451,9 +452,8 @@ impl Backend for DryBackend {
         moments: Moments8<'_, DryBuffer>,
         compute: &mut DryBuffer,
     ) -> Result<()> {
-        for buffer in [parameter, compute] {
-            buffer.touch(gradient.len);
-        }
+        parameter.touch(gradient.len);
+        compute.touch(gradient.len);
         for buffer in [moments.m, moments.v, moments.absmax, moments.m32, moments.v32] {
             buffer.touch(buffer.len);
         }
@@ -464,8 +464,7 @@ impl Backend for DryBackend {
         true
     }
 
-    fn scale_columns(&self, _: &DryBuffer, _: usize, x: MatMut<'_, DryBuffer>) -> Result<()> {
-        wrote(x);
+    fn scale_columns(&self, _: &DryBuffer, _: usize, _: MatMut<'_, DryBuffer>) -> Result<()> {
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::extract::DefaultBodyLimit;
 use axum::{Router, middleware};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -215,7 +216,8 @@ impl Server {
     /// answered in time.
     pub async fn run(self, router: Router, stop: impl Future<Output = ()>) -> bool {
         let Self { listener, shared, tls, shutdown, open, .. } = self;
-        let router = router.layer(middleware::from_fn(note_route));
+        // The guard has bounded the body already.
+        let router = router.layer(middleware::from_fn(note_route)).layer(DefaultBodyLimit::disable());
         let limits = shared.limits.clone();
         let places = Arc::new(Semaphore::new(limits.connections));
         tokio::pin!(stop);

@@ -113,7 +113,10 @@ impl Rule {
                 Some(">") => Comparison::More,
                 Some(">=") => Comparison::MoreOrEqual,
                 other => {
-                    return Err(wrong(format!("expected <, <=, > or >= after {name}, found {:?}", other.unwrap_or(""))));
+                    return Err(wrong(format!(
+                        "expected <, <=, > or >= after {name}, found {:?}",
+                        other.unwrap_or("")
+                    )));
                 }
             };
             let number = words.next().unwrap_or("");

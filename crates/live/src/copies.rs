@@ -14,11 +14,11 @@ use crate::time::{HOUR, MINUTE, Millis};
 pub(crate) const HORIZON: Millis = 24 * HOUR;
 const GENERATION: Millis = 12 * HOUR;
 /// Posts of one author in [`BURST_TIME`] that count in full.
-pub const BURST: usize = 5;
+pub(crate) const BURST: usize = 5;
 const BURST_TIME: Millis = 10 * MINUTE;
 /// What a copy, and what one of a burst, counts for.
-pub const COPY_WEIGHT: f64 = 0.2;
-pub const DAMPED_WEIGHT: f64 = 0.2;
+pub(crate) const COPY_WEIGHT: f64 = 0.2;
+pub(crate) const DAMPED_WEIGHT: f64 = 0.2;
 /// Texts with fewer characters are copies only of their own author's.
 const SHORT: usize = 40;
 /// Authors and texts of one generation, at most: what comes then is taken for new.
@@ -26,14 +26,14 @@ const MAX_ENTRIES: usize = 2_000_000;
 
 /// What was found about a post.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Verdict {
-    pub is_copy_of: Option<String>,
-    pub damped: bool,
-    pub weight: f64,
+pub(crate) struct Verdict {
+    pub(crate) is_copy_of: Option<String>,
+    pub(crate) damped: bool,
+    pub(crate) weight: f64,
 }
 
 #[derive(Default)]
-pub struct Copies {
+pub(crate) struct Copies {
     /// By the generation of the first post: fingerprint → (id, time) of the first.
     texts: BTreeMap<i64, HashMap<u64, (String, Millis)>>,
     authors: HashMap<String, VecDeque<Millis>>,
@@ -43,7 +43,7 @@ pub struct Copies {
 
 impl Copies {
     /// Judges a post and remembers it. `fingerprint` is [`fingerprint`] of it.
-    pub fn observe(
+    pub(crate) fn observe(
         &mut self,
         fingerprint: u64,
         source: &str,
@@ -118,7 +118,7 @@ pub(crate) fn remembered_since(latest: Millis) -> Millis {
 }
 
 /// What copies of a text have in common.
-pub fn fingerprint(post: &Post) -> u64 {
+pub(crate) fn fingerprint(post: &Post) -> u64 {
     let text = normalised(&post.text);
     let hash = if text.chars().count() < SHORT {
         digest(&[post.source.as_bytes(), post.author.as_bytes(), text.as_bytes()])

@@ -463,13 +463,20 @@ impl<B: Backend> Lora<B> {
         [("a", &self.a), ("b", &self.b)].into_iter().chain(magnitude)
     }
 
-    /// As [`groups`](Self::groups), to change them; norms are taken anew before the next pass.
+    /// As [`groups`](Self::groups), to change them; [`Llama::prepare`](crate::model::Llama::prepare) is needed behind it.
     pub fn groups_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Group<B>)> {
         let magnitude = self.dora.as_mut().map(|d| {
-            (d.current, d.begins) = (false, false);
+            d.current = false;
             ("magnitude", &mut d.magnitude)
         });
         [("a", &mut self.a), ("b", &mut self.b)].into_iter().chain(magnitude)
+    }
+
+    /// The magnitudes of a new adapter were put there by somebody: they do not begin as the norms of the weights.
+    pub fn magnitudes_given(&mut self) {
+        if let Some(d) = &mut self.dora {
+            d.begins = false;
+        }
     }
 
     /// Keeps AdamW's moments in 8 bits from here on; they begin anew.

@@ -164,7 +164,7 @@ fn is_ordinary(word: &str) -> bool {
 fn without_legal_ending(name: &str) -> &str {
     let mut rest = name;
     loop {
-        let trimmed = rest.trim_end_matches([' ', ',', '.']);
+        let trimmed = rest.trim_end_matches([' ', ',', '.', '&']);
         let ending = LEGAL.iter().find(|ending| {
             trimmed.len().checked_sub(ending.len()).is_some_and(|at| {
                 trimmed.get(at..).is_some_and(|tail| tail.eq_ignore_ascii_case(ending))
@@ -207,7 +207,7 @@ mod tests {
             ("Palo Alto Networks, Inc.", "Palo Alto Networks"),
             ("The TJX Companies, Inc.", "TJX"),
             ("Deere & Company", "Deere"),
-            ("Carnival Corporation & plc", "Carnival Corporation &"),
+            ("Carnival Corporation & plc", "Carnival"),
             ("Anheuser-Busch InBev SA/NV", "Anheuser-Busch InBev"),
             ("Inc.", "Inc."),
             ("Costco", "Costco"),

@@ -115,6 +115,7 @@ impl OptimizerState {
                 .collect::<Vec<u32>>()),
             _ => Err(wrong(&name)),
         };
+        lora.magnitudes_given();
         for (prefix, group) in lora.groups_mut() {
             let len = group.len;
             let name = |part: &str| format!("{prefix}.{part}");

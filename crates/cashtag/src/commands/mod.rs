@@ -18,6 +18,7 @@ mod predict;
 mod prepare;
 mod pull;
 mod run;
+mod serve;
 mod train;
 
 #[derive(clap::Subcommand)]
@@ -30,6 +31,8 @@ pub(crate) enum Command {
     Eval(eval::Args),
     /// Classify a text, lines of standard input, or a file
     Predict(predict::Args),
+    /// Serve a model and its adapters over HTTP
+    Serve(serve::Args),
     /// Talk with a model
     Chat(chat::Args),
     /// Have a model answer one prompt, or a file of prompts
@@ -65,6 +68,7 @@ impl Command {
             Command::Train(args) => train::run(args),
             Command::Eval(args) => eval::run(args),
             Command::Predict(args) => predict::run(args),
+            Command::Serve(args) => serve::run(args),
             Command::Chat(args) => chat::run(args),
             Command::Complete(args) => complete::run(args),
             Command::Live(args) => live::run(args),

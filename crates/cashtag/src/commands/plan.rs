@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use cashtag_backend::dry::DryRules;
-use cashtag_backend::{Backend, Dtype};
+use cashtag_backend::{Backend, Capabilities, Dtype};
 use cashtag_backend_cpu::{CpuBackend, Precision as CpuPrecision};
 use cashtag_backend_cuda::{CudaBackend, Options, probe};
 use cashtag_llama::checkpoint::Checkpoint;
@@ -88,11 +88,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let (settings, opened) = fine_tune::open(&args.settings)?;
     let labels = opened.format.label_names();
     let target = Target::choose(&args, &settings)?;
-    let nominal_rate = match target {
-        Target::Cpu(_) => device::run(&settings, NominalRate)?,
-        Target::Gpu { .. } => f64::INFINITY,
-    };
-    let data = data::load(&settings, &args.reading, fine_tune::quick_portions(nominal_rate))?;
+    let data = data::load(&settings, &args.reading, fine_tune::quick_portions(&target.capabilities()?))?;
     let train = data::labelled(&data.train, &labels)?;
     let validation = data::labelled(&data.validation, &labels)?;
     let held_out = if args.train_only { Vec::new() } else { data::labelled(&data.held_out, &labels)? };
@@ -103,7 +99,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         Target::Cpu(_) => planned.device_bytes() + process.total(),
         Target::Gpu { .. } => planned.device_bytes() + CONTEXT,
     };
-    let there = target.memory()?;
+    let there = target.capabilities()?.memory_free;
     let timing = match (&target, args.no_time) {
         (_, true) => None,
         (Target::Gpu { here: false, .. }, _) => None,
@@ -191,16 +187,6 @@ fn text(
     out
 }
 
-struct NominalRate;
-
-impl device::Job for NominalRate {
-    type Output = f64;
-
-    fn run<B: Backend>(self, backend: B) -> anyhow::Result<f64> {
-        Ok(backend.capabilities().nominal_rate)
-    }
-}
-
 enum Target {
     Cpu(CpuPrecision),
     Gpu { name: String, memory: Option<u64>, bf16: bool, here: bool },
@@ -251,19 +237,27 @@ impl Target {
                     Precision::Bf16 => bail!(Usage(format!("{} has no bf16\n  hint: --precision fp16", self.name()))),
                 };
                 let options: Options = device::cuda_options(s, compute);
-                Ok(CudaBackend::dry_rules(&options, self.memory()?.unwrap_or(u64::MAX / 2).saturating_sub(CONTEXT)))
+                Ok(CudaBackend::dry_rules(
+                    &options,
+                    self.capabilities()?.memory_free.unwrap_or(u64::MAX / 2).saturating_sub(CONTEXT),
+                ))
             }
         }
     }
 
-    /// Bytes that are there: all of a GPU, what is available of the machine.
-    fn memory(&self) -> anyhow::Result<Option<u64>> {
+    /// What is there: all of a GPU's memory, what is available of the machine's. A GPU trains on as much as any does.
+    fn capabilities(&self) -> anyhow::Result<Capabilities> {
         match self {
             Target::Cpu(precision) => {
-                let backend = CpuBackend::new(*precision, 1).context("the CPU cannot be used")?;
-                Ok(backend.capabilities().memory_free)
+                Ok(CpuBackend::new(*precision, 0).context("the CPU cannot be used")?.capabilities())
             }
-            Target::Gpu { memory, .. } => Ok(*memory),
+            Target::Gpu { memory, .. } => Ok(Capabilities {
+                device: "cuda".into(),
+                description: self.name(),
+                memory_total: *memory,
+                memory_free: *memory,
+                nominal_rate: f64::MAX,
+            }),
         }
     }
 }
@@ -306,6 +300,7 @@ impl Rate<'_> {
         let config = LoraConfig { layers_to_transform: None, ..self.lora.clone() };
         let tensors = LoraTensors::init(&config, model.config(), 1);
         let mut lora = Lora::new(backend, config, model.config(), &tensors, true)?;
+        model.prepare(backend, &mut lora)?;
         // Texts as tweets are: short, behind a shared prefix, with an answer of two tokens.
         let rows = self.rows.max(2);
         let prefix: Vec<u32> = (0..(rows / 4) as u32).map(|i| 3 + i % 100).collect();

@@ -13,9 +13,11 @@ use cashtag_backend::Backend;
 use cashtag_corpus::ReadOptions;
 use cashtag_corpus::formats::{Chunk, Columns, ExampleReader, Format, RowReader, RowWriter};
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 
 use crate::exit::{self, Usage};
 use crate::output;
+use crate::pipeline::answer_journal::AnswerJournal;
 use crate::pipeline::answers::{AnswerColumns, best};
 use crate::pipeline::data::hinted;
 use crate::pipeline::device::{self, Job};
@@ -32,7 +34,8 @@ const MAX_LINE: u64 = 1 << 20;
 #[command(after_help = "Examples:\n  cashtag predict \"Tech stocks are up\" --adapter runs/mine\n  \
 tail -f tweets.txt | cashtag predict - --adapter runs/mine --json\n  \
 cashtag predict --in tweets.parquet --out scored.csv --adapter runs/mine\n\n\
-A file keeps all its columns, in their order; label, confidence and one p_… for each label are added.")]
+A file keeps all its columns, in their order; label, confidence and one p_… for each label are added. \
+The same command goes on where an interrupted one was.")]
 pub(crate) struct Args {
     /// A text, or `-` for standard input, one text a line [default: standard input]
     #[arg(value_name = "TEXT", allow_hyphen_values = true, conflicts_with_all = ["input", "out", "text_column"])]
@@ -104,7 +107,7 @@ impl Job for Predict<'_> {
         let mut classifier = Classifier::new(&backend, &model, lora.as_ref(), &opened.format, budget)?;
         classifier.temperature = opened.temperature();
         let labels = opened.format.label_names();
-        let mut counted = Counted { by_label: vec![0; labels.len()], empty: 0, started: Instant::now() };
+        let mut counted = Counted { by_label: vec![0; labels.len()], empty: 0, known: 0, started: Instant::now() };
         match work {
             Work::Text(text) => {
                 let answers = classifier.classify(&[&text])?;
@@ -121,7 +124,10 @@ impl Job for Predict<'_> {
                 }
                 Ok(())
             }
-            Work::File(table) => table.predict(&mut classifier, &labels, json, &mut counted),
+            Work::File(table) => {
+                let fingerprint = table.fingerprint(settings, &opened);
+                table.predict(&mut classifier, &labels, json, &mut counted, fingerprint)
+            }
         }
     }
 }
@@ -130,6 +136,8 @@ impl Job for Predict<'_> {
 struct Counted {
     by_label: Vec<u64>,
     empty: u64,
+    /// Texts whose answers an earlier run has left.
+    known: u64,
     started: Instant,
 }
 
@@ -166,6 +174,21 @@ impl Counted {
         }
         self.empty += (texts.len() - given.len()) as u64;
         Ok(answers)
+    }
+
+    /// Counts answers that an earlier run has left.
+    fn take(&mut self, answers: &[Option<Vec<f32>>]) {
+        for answer in answers {
+            match answer.as_ref().map(|a| best(a)) {
+                Some(label) => {
+                    self.known += 1;
+                    if let Some(n) = self.by_label.get_mut(label) {
+                        *n += 1;
+                    }
+                }
+                None => self.empty += 1,
+            }
+        }
     }
 
     fn texts(&self) -> u64 {
@@ -302,6 +325,31 @@ impl Table {
         Ok(Self { path, out, columns, rows })
     }
 
+    /// Of everything that an answer depends on.
+    fn fingerprint(&self, settings: &Settings, opened: &Opened) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        let mut add = |bytes: &[u8]| {
+            hash.update((bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        let time = |t: std::time::SystemTime| t.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+        for path in [self.path.as_path(), opened.checkpoint.path()] {
+            let data = std::fs::metadata(path).ok();
+            add(path.as_os_str().as_encoded_bytes());
+            add(&data.as_ref().map_or(0, std::fs::Metadata::len).to_le_bytes());
+            add(&data.and_then(|d| d.modified().ok()).map_or(0, time).to_le_bytes());
+        }
+        add(&self.rows.to_le_bytes());
+        add(self.columns.text.as_bytes());
+        let (format, model) = (&opened.format, &settings.model);
+        add(format!("{:?} {:?} {:?}", format.labels(), format.system_message(), format.max_seq_length()).as_bytes());
+        add(format!("{:?} {:?} {:?}", model.device, model.precision, opened.temperature()).as_bytes());
+        for value in opened.adapter.iter().flat_map(|a| a.tensors.a.iter().chain(&a.tensors.b)) {
+            hash.update(value.to_le_bytes());
+        }
+        hash.finalize().into()
+    }
+
     /// The text of each row.
     fn texts(&self, chunk: &Chunk) -> anyhow::Result<Vec<Option<String>>> {
         let failed = |message: String| anyhow!("{}: {message}", self.path.display());
@@ -319,6 +367,7 @@ impl Table {
         labels: &[String],
         json: bool,
         counted: &mut Counted,
+        fingerprint: [u8; 32],
     ) -> anyhow::Result<()> {
         // The half-written file is removed when asked to stop.
         let _stop = exit::clean_stop();
@@ -341,6 +390,16 @@ impl Table {
                 RowWriter::to_stream("standard output", Box::new(Stdout), format, &reader, &new)?
             }
         };
+        let mut journal = match &self.out {
+            Some(out) => Some(AnswerJournal::open(out, &fingerprint, labels.len())?),
+            None => None,
+        };
+        if let Some(known) = journal.as_ref().map(AnswerJournal::known).filter(|n| *n > 0) {
+            output::note(format!(
+                "going on after {known} of {} rows, whose answers an earlier run has left",
+                self.rows
+            ));
+        }
         let bar = Progress::new("classifying", Unit::Of("texts"), Some(self.rows));
         while let Some(chunk) = reader.next().transpose()? {
             let texts = self.texts(&chunk)?;
@@ -349,7 +408,15 @@ impl Table {
                 exit::check_stop()?;
                 let place = |i: usize| format!("{}:{}", self.path.display(), chunk.line(batch * BATCH + i));
                 let texts: Vec<Option<&str>> = texts.iter().map(Option::as_deref).collect();
-                for answer in counted.classify(classifier, &texts, place)? {
+                let mut answers = journal.as_mut().map(|j| j.take(texts.len())).unwrap_or_default();
+                counted.take(&answers);
+                let known = answers.len();
+                let computed = counted.classify(classifier, &texts[known..], |i| place(known + i))?;
+                if let Some(journal) = &mut journal {
+                    journal.append(&computed)?;
+                }
+                answers.extend(computed);
+                for answer in answers {
                     for (column, value) in added.iter_mut().zip(columns.values(answer.as_deref())) {
                         column.push(value);
                     }
@@ -360,6 +427,9 @@ impl Table {
         }
         drop(bar);
         writer.finish()?;
+        if let Some(journal) = journal {
+            journal.finish();
+        }
         let told = self.told(labels, counted);
         match &self.out {
             Some(out) => output::data(&format!("{}: {told}\n", out.display())),
@@ -377,7 +447,7 @@ impl Table {
             0 => String::new(),
             n => format!(" · rows without a text: {n}"),
         };
-        let rate = texts as f64 / counted.started.elapsed().as_secs_f64().max(1e-9);
+        let rate = (texts - counted.known) as f64 / counted.started.elapsed().as_secs_f64().max(1e-9);
         format!("{texts} texts, {}{empty} · {rate:.1} texts/s", by_label.join(", "))
     }
 }

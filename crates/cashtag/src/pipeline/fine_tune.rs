@@ -19,14 +19,13 @@ use crate::settings::choices::{Label, Layers, TargetModules};
 use crate::settings::{self, Flags, Settings, Source};
 use crate::{exit, output};
 
-/// Parts of the data in a run with nothing else said: what a device of this rate (GFLOP/s) trains on, twice, and judges in
-/// under five minutes.
-pub(crate) fn quick_portions(nominal_rate: f64) -> Portions {
+/// Parts of the data in a run with nothing else said: what the device trains on, twice, and judges in under five minutes.
+pub(crate) fn quick_portions(capabilities: &Capabilities) -> Portions {
     /// GFLOP/s by which [`MOST`] examples fit: two cores with AVX512-BF16.
     const ENOUGH: f64 = 250.0;
     const LEAST: f64 = 240.0;
     const MOST: f64 = 1200.0;
-    let train = (MOST * nominal_rate / ENOUGH).clamp(LEAST, MOST);
+    let train = (MOST * capabilities.nominal_rate / ENOUGH).clamp(LEAST, MOST);
     Portions { train: Some(train as usize), held_out: Some(240) }
 }
 
@@ -156,7 +155,7 @@ impl Inputs {
         device: &Capabilities,
     ) -> anyhow::Result<Self> {
         let labels = opened.format.label_names();
-        let portions = quick_portions(device.nominal_rate);
+        let portions = quick_portions(device);
         let data = data::load(s, reading, portions)?;
         let inputs = Self {
             run_dir: s.output_dir(),

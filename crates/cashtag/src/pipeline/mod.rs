@@ -1,6 +1,7 @@
 //! What the commands that use a model have in common: the device, the model and its prompts, the data, judging, training.
 //! Generic over the backend, so that a GPU runs the same code.
 
+pub(crate) mod answer_journal;
 pub(crate) mod answers;
 pub(crate) mod data;
 pub(crate) mod device;

@@ -63,6 +63,7 @@ impl Plan {
             self.memory.iter().filter(|(_, b)| *b > 0).map(|(name, b)| (name.to_string(), (*b).into())).collect();
         json!({
             "device_bytes": self.device_bytes(),
+            "phases": self.phases.iter().map(|(name, bytes)| json!({"until": name, "peak_bytes": bytes})).collect::<Vec<_>>(),
             "memory": memory,
             "program_bytes": process.program,
             "model_file_bytes": process.model_file,
@@ -210,6 +211,7 @@ pub(crate) fn plan(s: &Settings, opened: &Opened, parts: Parts<'_>, rules: DryRu
     backend.label("activations");
     let purpose = Purpose::Training(trainer.checkpointing);
     let mut ws = model.workspace(&backend, trainer.capacity(), purpose, Some(&trainer.lora))?;
+    model.prepare(&backend, &mut trainer.lora)?;
     backend.label("head block");
     let counts = steps(&backend, &model, &mut trainer, &mut ws)?;
     let evaluations = counts.evaluations;

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use cashtag_llama::adapter::{Adapter, ClassifierConfig};
 use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::gguf::Gguf;
-use cashtag_llama::lora::{LoraConfig, LoraTensors, Module};
+use cashtag_llama::lora::{LoraConfig, LoraTensors, Module, slots};
 use cashtag_llama::prompt::Label;
 use insta::assert_snapshot;
 use serde_json::{Value, json};
@@ -67,6 +67,17 @@ fn save_adapter(dir: &Path, model: &Path, lora: LoraConfig) {
     // Another draw of the same generator, scaled, for the factors that begin as zeros.
     let mut noise = LoraTensors::init(&lora, config, 8).a.into_iter().cycle();
     tensors.b.iter_mut().zip(&mut noise).for_each(|(b, n)| *b = 0.7 * n);
+    if lora.use_dora {
+        // The norms of the weights, a little off.
+        for slot in slots(&lora, config) {
+            let weight =
+                checkpoint.weight(&format!("model.layers.{}.{}.weight", slot.layer, slot.module.path())).unwrap();
+            let mut values = vec![0f32; slot.in_features * slot.out_features];
+            weight.read_rows(0..slot.out_features, &mut values).unwrap();
+            let norms = values.chunks(slot.in_features).map(|r| r.iter().map(|w| w * w).sum::<f32>().sqrt());
+            tensors.magnitude.extend(norms.enumerate().map(|(i, n)| n * (0.9 + 0.2 * (i % 7) as f32 / 6.0)));
+        }
+    }
     let classifier = ClassifierConfig {
         labels: LABELS.map(Label::new).to_vec(),
         system_message: Some(SYSTEM.into()),
@@ -137,8 +148,11 @@ fn others_read_what_is_written() {
         ..Default::default()
     };
     save_adapter(&context.path("rslora"), &model, some);
+    let dora = LoraConfig { use_dora: true, layers_to_transform: Some(vec![0, 5, 10, 20, 29]), ..all_linear() };
+    save_adapter(&context.path("dora"), &model, dora);
     let shards = ["--type", "f32", "--max-shard-size", "200"];
     export(&context, &[&["--to", "merged", "--adapter", "lora", "--out", "merged32"], &shards[..]].concat());
+    export(&context, &["--to", "merged", "--type", "f32", "--adapter", "dora", "--out", "merged-dora"]);
     export(&context, &["--to", "merged", "--adapter", "lora", "--out", "merged16"]);
     for kind in ["f16", "q8_0", "q4_0"] {
         let out = format!("{kind}.gguf");
@@ -153,13 +167,13 @@ fn others_read_what_is_written() {
         &python,
         &json!({
             "model": model.display().to_string(), "work": path("."), "system": SYSTEM, "labels": LABELS, "texts": TEXTS,
-            "adapters": {"lora": path("lora"), "rslora": path("rslora")},
-            "merged": {"merged32": path("merged32"), "merged16": path("merged16")},
+            "adapters": {"lora": path("lora"), "rslora": path("rslora"), "dora": path("dora")},
+            "merged": {"merged32": path("merged32"), "merged-dora": path("merged-dora"), "merged16": path("merged16")},
             "gguf": {"f16": path("f16.gguf"), "q8_0": path("q8_0.gguf"), "q4_0": path("q4_0.gguf"), "again": path("again.gguf")},
             "lora": {"lora.gguf": path("lora.gguf"), "rslora.gguf": path("rslora.gguf")},
         }),
     );
-    let own: BTreeMap<&str, Vec<Vec<f64>>> = ["lora", "rslora", "peft-lora", "peft-rslora"]
+    let own: BTreeMap<&str, Vec<Vec<f64>>> = ["lora", "rslora", "dora", "peft-lora", "peft-rslora", "peft-dora"]
         .into_iter()
         .map(|name| (name, ours(&context, &context.path(name))))
         .collect();
@@ -170,8 +184,11 @@ fn others_read_what_is_written() {
         println!("{name}: PEFT's probabilities differ by at most {far:.1e}");
         assert!(far < 1e-4, "{name}: {far}: {own:?} for {:?}", said[*name]);
     }
-    let far = distance(&own["lora"], &rows(&said["merged32"]));
-    assert!(far < 1e-4, "merged in f32: {far}");
+    for (merged, adapter) in [("merged32", "lora"), ("merged-dora", "dora")] {
+        let far = distance(&own[adapter], &rows(&said[merged]));
+        println!("{merged}: probabilities differ by at most {far:.1e}");
+        assert!(far < 1e-4, "{merged}: {far}");
+    }
     // 16 bits round the weights; llama.cpp computes products of quantised weights in 8 bits.
     for (name, limit) in [("merged16", 0.01), ("f16", 0.01), ("again", 0.01), ("q8_0", 0.05), ("lora.gguf", 0.05)] {
         let Some(found) = said.get(name).map(rows) else { continue };

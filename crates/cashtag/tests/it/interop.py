@@ -3,8 +3,8 @@
     {"model": GGUF, "work": DIR, "system": TEXT, "labels": [WORD…], "texts": [TEXT…],
      "adapters": {NAME: DIR}, "merged": {NAME: DIR}, "gguf": {NAME: FILE}, "lora": {NAME: FILE}}
 
-and prints one with the label probabilities of each, in the order of texts and labels. Before that it makes two adapters with
-PEFT itself, in WORK/peft-lora and WORK/peft-rslora, with factors that are not zero.
+and prints one with the label probabilities of each, in the order of texts and labels. Before that it makes three adapters with
+PEFT itself, in WORK/peft-lora, WORK/peft-rslora and WORK/peft-dora, with factors that are not zero.
 """
 
 import json
@@ -59,11 +59,17 @@ if job.get("adapters") is not None:
             r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"],
             layers_to_transform=[0, 7, 29], task_type="CAUSAL_LM",
         ),
+        "peft-dora": LoraConfig(
+            r=4, lora_alpha=8, use_dora=True, target_modules=["q_proj", "o_proj", "up_proj"],
+            layers_to_transform=[0, 15, 29], task_type="CAUSAL_LM",
+        ),
     }.items():
         model = get_peft_model(base, config)
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.02)
+            if "lora_magnitude" in key:
+                parameter.data *= 0.9 + 0.2 * torch.rand_like(parameter)
         path = os.path.join(job["work"], kind)
         model.save_pretrained(path)
         base = model.unload()

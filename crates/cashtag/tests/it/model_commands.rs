@@ -672,3 +672,30 @@ fn several_models_stand_side_by_side() {
     assert_eq!(figures["models"][1]["metrics"], figures["models"][0]["metrics"]);
     assert!(read(&context.path("three/report-B.html")).contains("Two models side by side"));
 }
+
+#[test]
+fn an_interrupted_file_goes_on() {
+    let Some(context) = context() else { return };
+    let rows: String = (0..90).map(|i| format!("{i},Shares rise {i} %\n")).collect();
+    context.write("in.csv", format!("id,text\n{rows}"));
+    let args = ["predict", "--in", "in.csv", "--out", "out.csv", "--max-seq-length", "160"];
+    let mut first = context.command(&args).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let journal = context.path("out.csv.answers");
+    // Killed without a word as soon as the first answers are kept, if it does not end before.
+    while std::fs::metadata(&journal).map_or(0, |m| m.len()) <= 40 && first.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let _ = first.kill();
+    let killed = !first.wait().unwrap().success();
+    assert_eq!(killed, journal.exists());
+    let again = context.command(&args).output().unwrap();
+    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert!(again.status.success() && (!killed || said.contains("going on after")), "{said}");
+    assert!(!journal.exists());
+    let whole = std::fs::read_to_string(context.path("out.csv")).unwrap();
+    let ids: Vec<&str> = whole.lines().skip(1).map(|l| l.split(',').next().unwrap()).collect();
+    assert_eq!(ids, (0..90).map(|i| i.to_string()).collect::<Vec<_>>());
+    // The same as in one go.
+    assert!(context.command(&args).output().unwrap().status.success());
+    assert_eq!(std::fs::read_to_string(context.path("out.csv")).unwrap(), whole);
+}

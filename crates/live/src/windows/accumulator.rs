@@ -25,7 +25,6 @@ pub(super) struct Accumulator {
     pub(super) top: Vec<Top>,
     /// 0 while open.
     pub(super) revision: u32,
-    pub(super) is_final: bool,
 }
 
 #[derive(Clone, Debug)]

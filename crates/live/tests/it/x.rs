@@ -209,15 +209,14 @@ fn no_search(_: usize, _: &str) -> (u16, Value) {
 }
 
 fn options(server: &Server, dir: &Path, list: &str) -> XOptions {
-    XOptions {
-        base: server.base.clone(),
-        silence: Duration::from_secs(100),
-        look_every: Duration::from_secs(20),
-        poll_every: Duration::from_secs(20),
-        // 100 s of silence are one here.
-        time_scale: 0.01,
-        ..XOptions::new("secret".into(), write(dir, "list", list), dir.join("budget.json"))
-    }
+    let mut options = XOptions::new("secret".into(), write(dir, "list", list), dir.join("budget.json"));
+    options.base.clone_from(&server.base);
+    options.silence = Duration::from_secs(100);
+    options.look_every = Duration::from_secs(20);
+    options.poll_every = Duration::from_secs(20);
+    // 100 s of silence are one here.
+    options.time_scale = 0.01;
+    options
 }
 
 #[test]
@@ -262,10 +261,8 @@ fn every_post_once_through_all_that_the_documentation_warns_of() {
 fn a_wrong_key_is_said_once_and_a_spent_budget_stops() {
     let server = start(misbehave, no_search);
     let dir = tempfile::tempdir().unwrap();
-    let wrong = XOptions {
-        bearer: cashtag_live::sources::x_api::Bearer("wrong".into()),
-        ..options(&server, dir.path(), "AAA\n")
-    };
+    let mut wrong = options(&server, dir.path(), "AAA\n");
+    wrong.bearer = cashtag_live::sources::x_api::Bearer("wrong".into());
     let rig = Rig::start(listening(&dir.path().join("data")), vec![Box::new(XStream(wrong))]);
     rig.until("it stops", |r| r.get("/v1/overview")["sources"][0]["state"] == "stopped");
     let detail = rig.get("/v1/overview")["sources"][0]["detail"].to_string();
@@ -275,15 +272,18 @@ fn a_wrong_key_is_said_once_and_a_spent_budget_stops() {
 
     let server = start(|_, socket| misbehave(6, socket), no_search);
     let dir = tempfile::tempdir().unwrap();
-    let thrifty = XOptions { daily_posts: Some(7), ..options(&server, dir.path(), "AAA\n") };
-    let rig = Rig::start(listening(&dir.path().join("data")), vec![Box::new(XStream(thrifty.clone()))]);
+    let mut thrifty = options(&server, dir.path(), "AAA\n");
+    thrifty.daily_posts = Some(7);
+    let rig = Rig::start(listening(&dir.path().join("data")), vec![Box::new(XStream(thrifty))]);
     rig.until("the budget is spent", |r| {
         r.get("/v1/overview")["sources"][0]["detail"].to_string().contains("daily budget of 7 posts is spent")
     });
     rig.until("what was paid for is counted", |r| r.scored() == 7);
     rig.stop();
-    // Also after a restart.
-    let rig = Rig::start(listening(&dir.path().join("data")), vec![Box::new(XStream(thrifty))]);
+    // Also after a restart, which reads the count from its file.
+    let mut again = options(&server, dir.path(), "AAA\n");
+    again.daily_posts = Some(7);
+    let rig = Rig::start(listening(&dir.path().join("data")), vec![Box::new(XStream(again))]);
     rig.until("it is still spent", |r| r.get("/v1/overview")["sources"][0]["state"] == "stopped");
     assert_eq!(server.account.lock().unwrap().streams, 1);
 }

@@ -17,9 +17,12 @@ use crate::weights::natural_row;
 /// alpha / √r.
 ///
 /// # Errors
-/// A file system that refuses.
+/// A DoRA adapter, which has no form there; a file system that refuses.
 pub fn write_gguf_lora(path: &Path, adapter: &Adapter, model: &LlamaConfig, name: &str) -> Result<()> {
     let (lora, r) = (&adapter.lora, adapter.lora.r);
+    if lora.use_dora {
+        return Err(Error::Adapter("llama.cpp has no form for DoRA\n  hint: export the merged model".into()));
+    }
     let mut pairs = Pairs::default();
     pairs.str("general.architecture", "llama");
     pairs.str("general.type", "adapter");

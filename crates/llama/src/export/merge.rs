@@ -1,4 +1,4 @@
-//! W + s·B·A, row by row.
+//! W + s·B·A, row by row; with DoRA each row scaled to its magnitude.
 
 use std::ops::Range;
 
@@ -6,8 +6,9 @@ use cashtag_backend::WeightSource;
 
 use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
+use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
-use crate::lora::{Module, slots};
+use crate::lora::slots;
 
 /// A model with the factors of an adapter in its weights; the model itself where there is none.
 #[derive(Clone, Copy)]
@@ -29,6 +30,8 @@ struct Factors<'a> {
     b: &'a [f32],
     r: usize,
     scale: f32,
+    /// DoRA: the norm of each row.
+    magnitude: Option<&'a [f32]>,
 }
 
 impl<'a> Merged<'a> {
@@ -39,21 +42,37 @@ impl<'a> Merged<'a> {
 
     pub(super) fn matrix(&self, name: &str) -> Result<MergedMatrix<'a>> {
         let base = self.checkpoint.weight(name)?;
-        let factors = self.adapter.and_then(|adapter| {
-            let (layer, path) = name.strip_prefix("model.layers.")?.strip_suffix(".weight")?.split_once('.')?;
-            let layer: usize = layer.parse().ok()?;
-            let module = Module::ALL.into_iter().find(|m| m.path() == path)?;
-            let (lora, tensors) = (&adapter.lora, &adapter.tensors);
-            let slot =
-                slots(lora, self.checkpoint.config()).into_iter().find(|s| s.layer == layer && s.module == module)?;
-            Some(Factors {
-                a: tensors.a.get(slot.a_offset..slot.a_offset + lora.r * slot.in_features)?,
-                b: tensors.b.get(slot.b_offset..slot.b_offset + lora.r * slot.out_features)?,
-                r: lora.r,
-                scale: lora.scale(),
-            })
-        });
+        let factors = match self.adapter {
+            Some(adapter) => Factors::of(adapter, name, self.checkpoint.config())?,
+            None => None,
+        };
         Ok(MergedMatrix { base, factors })
+    }
+}
+
+impl<'a> Factors<'a> {
+    /// Those of the matrix `name`, if the adapter has any for it.
+    fn of(adapter: &'a Adapter, name: &str, model: &LlamaConfig) -> Result<Option<Self>> {
+        let (lora, tensors) = (&adapter.lora, &adapter.tensors);
+        let slot = slots(lora, model)
+            .into_iter()
+            .find(|s| name == format!("model.layers.{}.{}.weight", s.layer, s.module.path()));
+        let Some(slot) = slot else { return Ok(None) };
+        let part = |values: &'a [f32], first: usize, len: usize| {
+            let found = values.get(first..first + len);
+            found.ok_or_else(|| Error::Adapter(format!("it lacks values for {name}")))
+        };
+        let magnitude = match lora.use_dora {
+            true => Some(part(&tensors.magnitude, slot.magnitude_offset(lora.r), slot.out_features)?),
+            false => None,
+        };
+        Ok(Some(Self {
+            a: part(&tensors.a, slot.a_offset, lora.r * slot.in_features)?,
+            b: part(&tensors.b, slot.b_offset, lora.r * slot.out_features)?,
+            r: lora.r,
+            scale: lora.scale(),
+            magnitude,
+        }))
     }
 }
 
@@ -93,6 +112,11 @@ impl MergedMatrix<'_> {
                 delta.iter_mut().zip(a).for_each(|(d, a)| *d += b * a);
             }
             out.iter_mut().zip(&delta).for_each(|(w, d)| *w += f.scale * d);
+            if let Some(magnitude) = f.magnitude {
+                let norm = out.iter().map(|w| f64::from(*w) * f64::from(*w)).sum::<f64>().sqrt();
+                let factor = (f64::from(magnitude[row]) / norm) as f32;
+                out.iter_mut().for_each(|w| *w *= factor);
+            }
             if let Some(column) = out.iter().position(|w| !w.is_finite()) {
                 let what = format!("row {row}, column {column} is {} with the adapter", out[column]);
                 return Err(Error::Adapter(format!("{}: {what}", self.base.name())));

@@ -109,7 +109,7 @@ pub(crate) struct WriteItem {
     pub(crate) came: Instant,
     pub(crate) timeout: Duration,
     pub(crate) wanted: Wanted,
-    pub(crate) ticket: WriteTicket,
+    pub(crate) _ticket: WriteTicket,
 }
 
 impl WriteItem {

@@ -205,8 +205,7 @@ impl Engine {
     /// Waits until the engine is ready; false if it has ended instead.
     pub async fn ready(&self) -> bool {
         let mut state = self.inner.state.subscribe();
-        let reached = state.wait_for(|s| *s != State::Loading).await.is_ok_and(|s| *s == State::Ready);
-        reached
+        state.wait_for(|s| *s != State::Loading).await.is_ok_and(|s| *s == State::Ready)
     }
 
     /// Waits until the engine has ended.

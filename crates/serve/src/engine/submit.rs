@@ -219,7 +219,13 @@ impl Engine {
             self.inner.admission.enter_write().inspect_err(|_| self.inner.measures.generation("overloaded"))?;
         let ticket = WriteTicket::new(&self.inner.measures.running, permit);
         let timeout = timeout.unwrap_or(self.config().generation_timeout);
-        self.inner.queue().writes.push_back(WriteItem { served, came: Instant::now(), timeout, wanted, ticket });
+        self.inner.queue().writes.push_back(WriteItem {
+            served,
+            came: Instant::now(),
+            timeout,
+            wanted,
+            _ticket: ticket,
+        });
         self.inner.wake();
         Ok(())
     }

@@ -66,7 +66,7 @@ fn by_the_rule(text: &str) -> Vec<(usize, usize)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4000))]
+    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn offsets_hold(text in nasty_text()) {
@@ -95,7 +95,9 @@ proptest! {
         prop_assume!(!text.contains(['@', '/']) && !text.contains("www."));
         let reader = cashtags(&text, Boundary::Text);
         for cashtag in cashtags(&text, Boundary::X) {
-            prop_assert!(reader.contains(&cashtag), "{:?} is missing in {:?}", cashtag, reader);
+            // A reader also takes a class that X cuts off because an emoji follows: the same beginning, never a shorter one.
+            let there = reader.iter().any(|r| r.bytes.start == cashtag.bytes.start && r.bytes.end >= cashtag.bytes.end);
+            prop_assert!(there, "{:?} is missing in {:?}", cashtag, reader);
         }
     }
 

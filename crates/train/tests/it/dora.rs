@@ -114,6 +114,7 @@ fn magnitudes_by_finite_differences() {
     let tiny = Tiny::new(Precision::F32);
     let config = LoraConfig { use_dora: true, lora_dropout: 0.0, ..Tiny::lora_config() };
     let mut lora = tiny.lora(config);
+    tiny.model.prepare(&tiny.backend, &mut lora).unwrap();
     let b = support::uniform(lora.b.len, 9, 0.1);
     lora.groups_mut().filter(|(n, _)| *n == "b").for_each(|(_, g)| g.upload(&tiny.backend, &b).unwrap());
     let norms = {

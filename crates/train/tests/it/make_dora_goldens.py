@@ -18,11 +18,6 @@ TEXTS = [
     ("$QLTX closes the gap and holds 41, adding here", "Positive"),
     ("Harlow Foods to present at the consumer forum on 3 June", "Neutral"),
     ("so the new CFO sold again 🙃 great sign", "Negative"),
-    ("Brent slips under $70 as the storm turns away from the platforms", "Negative"),
-    ("is anyone still short $MRVN after that print?", "Neutral"),
-    ("Volumes doubled, margin up 3 points, and it trades at 9x. I'll take it.", "Positive"),
-    ("Port strike enters second week; Calder Lines withdraws its outlook", "Negative"),
-    ("Norvik Bank lifts payout to 55 % of profit", "Positive"),
 ]
 R, ALPHA = 4, 8
 LAYERS = [0, 15, 29]
