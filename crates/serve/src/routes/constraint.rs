@@ -106,7 +106,7 @@ mod tests {
             json!({"structured_outputs": {"regex": "a+"}}),
             json!({"structured_outputs": {"choice": []}}),
             json!({"structured_outputs": {"choice": [""]}}),
-            json!({"structured_outputs": {"choice": ["x"; 65]}}),
+            json!({"structured_outputs": {"choice": vec!["x"; 65]}}),
             json!({"structured_outputs": []}),
         ] {
             assert!(of(refused.clone()).is_err(), "{refused}");
