@@ -13,7 +13,8 @@ use anyhow::Context as _;
 
 const MAGIC: &[u8; 8] = b"ctanswr1";
 const HEADER: u64 = 8 + 32;
-/// First byte of a record. Neither is zero, which is what a crash leaves where nothing was written.
+/// Last byte of a record. Neither is zero, which is what a crash leaves where nothing was written, so a record counts when all
+/// of it is there.
 const ANSWER: u8 = b'a';
 const NO_TEXT: u8 = b'-';
 
@@ -87,11 +88,11 @@ impl AnswerJournal {
     pub(crate) fn append(&mut self, answers: &[Answer]) -> anyhow::Result<()> {
         let mut write = || -> std::io::Result<()> {
             for answer in answers {
-                self.writer.write_all(&[if answer.is_some() { ANSWER } else { NO_TEXT }])?;
                 for label in 0..self.labels {
                     let p = answer.as_ref().and_then(|a| a.get(label)).copied().unwrap_or(0.0);
                     self.writer.write_all(&p.to_le_bytes())?;
                 }
+                self.writer.write_all(&[if answer.is_some() { ANSWER } else { NO_TEXT }])?;
             }
             self.writer.flush()
         };
@@ -105,14 +106,14 @@ impl AnswerJournal {
 }
 
 fn record(reader: &mut impl Read, labels: usize) -> Option<Answer> {
-    let mut tag = [0];
-    reader.read_exact(&mut tag).ok()?;
     let mut probabilities = Vec::with_capacity(labels);
     for _ in 0..labels {
         let mut bytes = [0; 4];
         reader.read_exact(&mut bytes).ok()?;
         probabilities.push(f32::from_le_bytes(bytes));
     }
+    let mut tag = [0];
+    reader.read_exact(&mut tag).ok()?;
     match tag[0] {
         ANSWER if probabilities.iter().all(|p| (0.0..=1.0).contains(p)) => Some(Some(probabilities)),
         NO_TEXT => Some(None),
