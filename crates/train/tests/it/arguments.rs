@@ -41,27 +41,6 @@ fn steps_of(watch: &Watch, key: &str) -> Vec<usize> {
 }
 
 #[test]
-fn the_schedules_are_those_of_transformers() {
-    let cases: serde_json::Value = serde_json::from_str(include_str!("schedules.json")).unwrap();
-    for case in cases.as_array().unwrap() {
-        let number = |key: &str| case[key].as_u64().unwrap() as usize;
-        let (warmup, total) = (number("warmup"), number("total"));
-        let arguments = TrainingArguments {
-            lr_scheduler_type: serde_json::from_value(case["name"].clone()).unwrap(),
-            learning_rate: 1.0,
-            warmup_steps: warmup,
-            warmup_ratio: 0.0,
-            ..quiet()
-        };
-        for (step, expected) in case["rates"].as_array().unwrap().iter().enumerate() {
-            let (found, expected) = (learning_rate(&arguments, step, total), expected.as_f64().unwrap());
-            assert!((found - expected).abs() < 1e-12, "{case}: step {step}: {found}");
-        }
-    }
-    assert_eq!(cases.as_array().unwrap().len(), 20);
-}
-
-#[test]
 fn epochs_steps_and_warm_up() {
     let a = quiet();
     // As Transformers: ceil(examples / (batch · accumulation)) steps an epoch, ceil(epochs · that) in all.
