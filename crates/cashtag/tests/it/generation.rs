@@ -3,7 +3,6 @@
 use std::io::Write as _;
 use std::process::Stdio;
 
-use insta::assert_snapshot;
 use serde_json::Value;
 
 use super::context::Context;
@@ -30,11 +29,13 @@ fn one_prompt() {
     let Some(context) = context() else { return };
     let ask = |args: &[&str]| stdout(&context, &[&["complete"], &F32[..], args].concat());
     let plain = ask(&["--max-new-tokens", "12", "What is a stock?"]);
-    assert_snapshot!(plain, @"");
+    assert!(plain.trim().len() > 10, "{plain:?}");
     let json: Value = serde_json::from_str(&ask(&["--json", "--max-new-tokens", "12", "What is a stock?"])).unwrap();
     assert_eq!(json["completion"].as_str().unwrap().to_string() + "\n", plain);
     assert_eq!((json["finish_reason"].as_str(), json["completion_tokens"].as_u64()), (Some("length"), Some(12)));
-    assert_snapshot!(ask(&["--raw", "--max-new-tokens", "8", "The stock market opened higher on Monday after"]), @"");
+    // A text that goes on begins with a space of its own, an answer does not.
+    let raw = ask(&["--raw", "--max-new-tokens", "8", "The stock market opened higher on Monday after"]);
+    assert!(raw.starts_with(' ') && !plain.starts_with(' '), "{raw:?} {plain:?}");
     let drawn = |seed: &str| ask(&["--temperature", "1.5", "--seed", seed, "--max-new-tokens", "6", "Say something."]);
     assert_eq!(drawn("1"), drawn("1"));
     assert_ne!(drawn("1"), drawn("2"));
@@ -63,7 +64,9 @@ fn a_file_of_prompts_keeps_its_order() {
     assert_eq!(answers.lines().count(), 2, "{answers}");
     assert_eq!(answers.lines().next(), rows[2]["completion"].as_str().map(|c| c.replace('\n', "\\n")).as_deref());
     context.write("bad.jsonl", "{\"prompt\":\"x\"}\n{\"text\":\"x\"}\n");
-    assert_snapshot!(context.run(&["complete", "-q", "--in", "bad.jsonl", "--out", "x.jsonl"]), @"");
+    let refused = context.run(&["complete", "-q", "--in", "bad.jsonl", "--out", "x.jsonl"]);
+    assert!(refused.starts_with("exit code 1") && refused.contains("bad.jsonl:2"), "{refused}");
+    assert!(refused.contains("expected either \"prompt\", a text, or \"messages\""), "{refused}");
     assert!(!context.path("x.jsonl").exists());
 }
 
@@ -75,14 +78,21 @@ fn a_conversation_from_standard_input() {
     let twice = piped(&context, &args, "My name is Ada.\n/new\nMy name is Ada.\n/quit\nnever\n");
     let answer = once.strip_prefix("exit code 0\n--- stdout\n").unwrap().to_string();
     assert_eq!(twice, format!("exit code 0\n--- stdout\n{answer}\n{answer}"));
-    assert_snapshot!(piped(&context, &args, "Say hello.\nSay it again.\n/system You are a pirate.\nSay hello.\n"), @"");
+    let three = piped(&context, &args, "Say hello.\nSay it again.\n/system You are a pirate.\nSay hello.\n");
+    assert!(three.starts_with("exit code 0\n--- stdout\n") && three.lines().count() >= 5, "{three}");
 }
 
 #[test]
 fn wrong_usage() {
     let context = Context::new();
-    assert_snapshot!(context.run(&["complete", "--temperature", "-1", "x"]), @"");
-    assert_snapshot!(context.run(&["complete", " "]), @"");
-    assert_snapshot!(context.run(&["complete", "--max-new-tokens", "0", "x"]), @"");
-    assert_snapshot!(context.run(&["complete", "--in", "missing.jsonl"]), @"");
+    for (args, expected) in [
+        (&["complete", "--temperature=-1", "x"][..], "temperature is -1, expected a number from 0"),
+        (&["complete", " "], "the prompt is empty"),
+        (&["complete", "--max-new-tokens", "0", "x"], "--max-new-tokens is 0, expected a whole number from 1"),
+    ] {
+        let shown = context.run(args);
+        assert!(shown.starts_with("exit code 2") && shown.contains(expected), "{args:?}: {shown}");
+    }
+    let shown = context.run(&["complete", "--in", "missing.jsonl"]);
+    assert!(shown.starts_with("exit code 1") && shown.contains("cannot read missing.jsonl"), "{shown}");
 }

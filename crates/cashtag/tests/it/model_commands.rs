@@ -387,7 +387,7 @@ fn training_leaves_an_adapter() {
     assert_snapshot!(masked(&format!("{device} on [DEVICE]\n{rest}")), @"
         exit code 0
         --- stdout
-        run/adapter: step 2 of 2, loss #, eval_loss #, temperature # · trained # s, # examples/s, # tokens/s · peak memory # GiB
+        run/adapter: step 2 of 2, loss #, eval_loss #, temperature # · trained # s, # examples/s, # tokens/s · peak memory # GiB (planned #)
         --- stderr
         SmolLM2 135M Instruct, GGUF Q4_1, 98 MB on [DEVICE]
         built-in corpus: # to train on, # to validate, # held out; run directory run
