@@ -92,7 +92,8 @@ proptest! {
 
     #[test]
     fn a_reader_finds_all_that_x_links(text in nasty_text()) {
-        prop_assume!(!text.contains(['@', '/']) && !text.contains("www."));
+        // In links and mail addresses, X may see one and a reader does not.
+        let text = text.replace(['@', '/'], " ").replace("www.", "-");
         let reader = cashtags(&text, Boundary::Text);
         for cashtag in cashtags(&text, Boundary::X) {
             // A reader also takes a class that X cuts off because an emoji follows: the same beginning, never a shorter one.
