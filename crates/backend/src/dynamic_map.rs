@@ -108,7 +108,8 @@ mod tests {
                 let x = n as f32 / 1000.0;
                 let found = (map[usize::from(nearest(map, x))] - x).abs();
                 let best = map.iter().map(|l| (l - x).abs()).fold(f32::INFINITY, f32::min);
-                assert_eq!(found, best, "{x}");
+                // Half-way between two levels either is right.
+                assert!(found - best < 1e-6, "{x}: {found} for {best}");
             }
             assert_eq!(nearest(map, f32::NAN), 0);
         }

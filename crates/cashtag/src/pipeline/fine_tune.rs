@@ -16,7 +16,7 @@ use super::data::{self, Data, Portions, Reading, quoted};
 use super::engine::{self, Classifier, LabelledText, Opened};
 use super::training::{self, Trained};
 use crate::settings::choices::{Label, Layers, TargetModules};
-use crate::settings::{self, Flags, Settings, Source};
+use crate::settings::{self, DEFAULT_RECIPE, Flags, Settings, Source};
 use crate::{exit, output};
 
 /// Parts of the data in a run with nothing else said: what the device trains on, twice, and judges in under five minutes.
@@ -28,9 +28,6 @@ pub(crate) fn quick_portions(capabilities: &Capabilities) -> Portions {
     let train = (MOST * capabilities.nominal_rate / ENOUGH).clamp(LEAST, MOST);
     Portions { train: Some(train as usize), held_out: Some(240) }
 }
-
-/// The recipe of those who name none.
-const DEFAULT_RECIPE: &str = "smollm2-cpu";
 
 /// Settings (the recipe for small machines if none is named) and the model. With `--adapter` the adapter is what training
 /// begins with: its shape and its prompt are the run's.

@@ -21,7 +21,7 @@ mod suggest;
 mod value;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[allow(unused_imports, reason = "every type that a setting has can be named here, whichever commands do")]
 pub(crate) use choices::{
@@ -62,6 +62,9 @@ impl std::fmt::Display for Source {
 /// Sources of the values that are not defaults, by `section.name`.
 pub(crate) type Sources = BTreeMap<&'static str, Source>;
 
+/// The recipe of those who name none.
+pub(crate) const DEFAULT_RECIPE: &str = "smollm2-cpu";
+
 /// Everything that can be configured, with a value for each.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Settings {
@@ -78,9 +81,14 @@ impl Settings {
         self.sources.get(id).cloned().unwrap_or(Source::Default)
     }
 
-    /// Whether the user said it, in a recipe or by a flag.
+    /// Whether the user said it, in a recipe or by a flag. The recipe of those who name none says nothing: it gives way as
+    /// defaults do.
     pub(crate) fn is_set(&self, id: &str) -> bool {
-        matches!(self.sources.get(id), Some(Source::File { .. } | Source::Flag(_)))
+        match self.sources.get(id) {
+            Some(Source::File { path, .. }) => path != Path::new(DEFAULT_RECIPE),
+            Some(Source::Flag(_)) => true,
+            _ => false,
+        }
     }
 
     /// `training.output_dir` with `<date-time>` replaced by the present time (UTC). Each call takes the time anew: call it once.
