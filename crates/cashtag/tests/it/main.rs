@@ -9,6 +9,7 @@ mod killed;
 mod labels;
 mod live;
 mod model_commands;
+mod page;
 mod pull;
 mod serve;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
