@@ -125,7 +125,8 @@ fn as_bitsandbytes() {
         let absmax = read(&b, &absmax);
         for (name, found) in [("absmax_m", &absmax[..of_large]), ("absmax_v", &absmax[blocks..blocks + of_large])] {
             for (found, expected) in found.iter().zip(floats(&expected[name])) {
-                assert!(step > 0 || (found / expected - 1.0).abs() < 1e-5, "{name}: {found} for {expected}");
+                // 1 - β₂ is 1.3e-5 more in f32 than it is.
+                assert!(step > 0 || (found / expected - 1.0).abs() < 3e-5, "{name}: {found} for {expected}");
             }
         }
         let found = read(&b, &parameter);

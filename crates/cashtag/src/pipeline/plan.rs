@@ -358,6 +358,7 @@ fn steps(
             };
             trainer.lora.zero_grad(backend)?;
             trainer.lora.step(backend, hyper, 1.0)?;
+            model.prepare(backend, &mut trainer.lora)?;
         }
     }
     Ok(counts)

@@ -19,16 +19,16 @@ fn version() {
 fn wrong_usage() {
     let context = Context::new();
     assert_snapshot!(context.run(&["pul"]), @"
-        exit code 2
-        --- stderr
-        error: unrecognized subcommand 'pul'
+    exit code 2
+    --- stderr
+    error: unrecognized subcommand 'pul'
 
-          tip: a similar subcommand exists: 'pull'
+      tip: some similar subcommands exist: 'plan', 'pull'
 
-        Usage: cashtag [OPTIONS] <COMMAND>
+    Usage: cashtag [OPTIONS] <COMMAND>
 
-        For more information, try '--help'.
-        ");
+    For more information, try '--help'.
+    ");
     assert_snapshot!(context.run(&["config", "--learning-rat", "1"]), @"
         exit code 2
         --- stderr

@@ -12,77 +12,78 @@ fn every_value_with_its_source() {
         "# mine\n[training]\nlearning_rate = 1e-4\neval_strategy = \"epoch\"\n\n[lora]\nr = 8\ntarget_modules = [\"q_proj\", \"v_proj\"]\n",
     );
     assert_snapshot!(context.run(&["config", "--show", "--config", "my.toml", "--seed", "7", "--set", "lora.lora_alpha=32"]), @r#"
-        exit code 0
-        --- stdout
-        [model]
-        name = "smollm2-135m"                         # default
-        device = "auto"                               # default
-        precision = "auto"                            # default
-        threads = 0                                   # default
-        resident = "auto"                             # default
-        random_weights = "none"                       # default
-        tokenizer = "none"                            # default
-        adapter = "none"                              # default
+    exit code 0
+    --- stdout
+    [model]
+    name = "smollm2-135m"                         # default
+    device = "auto"                               # default
+    precision = "auto"                            # default
+    threads = 0                                   # default
+    resident = "auto"                             # default
+    random_weights = "none"                       # default
+    tokenizer = "none"                            # default
+    adapter = "none"                              # default
 
-        [data]
-        source = "builtin"                            # default
-        eval_source = "none"                          # default
-        full = false                                  # default
-        train_examples = "none"                       # default
-        eval_fraction = 0.1                           # default
-        system_message = "Is this tweet Positive, Neutral or Negative for the stock or the market?"  # default
-        labels = ["Positive", "Neutral", "Negative"]  # default
-        max_seq_length = 512                          # default
-        too_long = "truncate"                         # default
+    [data]
+    source = "builtin"                            # default
+    eval_source = "none"                          # default
+    full = false                                  # default
+    train_examples = "none"                       # default
+    eval_examples = "none"                        # default
+    eval_fraction = 0.1                           # default
+    system_message = "Is this tweet Positive, Neutral or Negative for the stock or the market?"  # default
+    labels = ["Positive", "Neutral", "Negative"]  # default
+    max_seq_length = 512                          # default
+    too_long = "truncate"                         # default
 
-        [training]
-        output_dir = "runs/<date-time>"               # default
-        num_train_epochs = 3.0                        # default
-        max_steps = -1                                # default
-        per_device_train_batch_size = 4               # default
-        per_device_eval_batch_size = 16               # default
-        gradient_accumulation_steps = 8               # default
-        gradient_checkpointing = "auto"               # default
-        learning_rate = 1e-4                          # my.toml:3
-        lr_scheduler_type = "cosine"                  # default
-        warmup_ratio = 0.03                           # default
-        warmup_steps = 0                              # default
-        weight_decay = 0.01                           # default
-        max_grad_norm = 1.0                           # default
-        adam_beta1 = 0.9                              # default
-        adam_beta2 = 0.999                            # default
-        adam_epsilon = 1e-8                           # default
-        optim = "adamw"                               # default
-        eval_strategy = "epoch"                       # my.toml:4
-        eval_steps = 500                              # default
-        save_strategy = "epoch"                       # follows training.eval_strategy
-        save_steps = 500                              # default
-        save_total_limit = 2                          # default
-        load_best_model_at_end = true                 # default
-        metric_for_best_model = "eval_loss"           # default
-        greater_is_better = "none"                    # default
-        early_stopping_patience = 3                   # default
-        early_stopping_threshold = 0.0                # default
-        logging_steps = 25                            # default
-        packing = true                                # default
-        max_tokens_per_batch = 1024                   # default
-        train_on = "answer"                           # default
-        seed = 7                                      # --seed
-        neftune_noise_alpha = 0.0                     # default
-        label_smoothing_factor = 0.0                  # default
-        class_weights = "none"                        # default
-        resume = "never"                              # default
+    [training]
+    output_dir = "runs/<date-time>"               # default
+    num_train_epochs = 3.0                        # default
+    max_steps = -1                                # default
+    per_device_train_batch_size = 4               # default
+    per_device_eval_batch_size = 16               # default
+    gradient_accumulation_steps = 8               # default
+    gradient_checkpointing = "auto"               # default
+    learning_rate = 1e-4                          # my.toml:3
+    lr_scheduler_type = "cosine"                  # default
+    warmup_ratio = 0.03                           # default
+    warmup_steps = 0                              # default
+    weight_decay = 0.01                           # default
+    max_grad_norm = 1.0                           # default
+    adam_beta1 = 0.9                              # default
+    adam_beta2 = 0.999                            # default
+    adam_epsilon = 1e-8                           # default
+    optim = "adamw"                               # default
+    eval_strategy = "epoch"                       # my.toml:4
+    eval_steps = 500                              # default
+    save_strategy = "epoch"                       # follows training.eval_strategy
+    save_steps = 500                              # default
+    save_total_limit = 2                          # default
+    load_best_model_at_end = true                 # default
+    metric_for_best_model = "eval_loss"           # default
+    greater_is_better = "none"                    # default
+    early_stopping_patience = 3                   # default
+    early_stopping_threshold = 0.0                # default
+    logging_steps = 25                            # default
+    packing = true                                # default
+    max_tokens_per_batch = 1024                   # default
+    train_on = "answer"                           # default
+    seed = 7                                      # --seed
+    neftune_noise_alpha = 0.0                     # default
+    label_smoothing_factor = 0.0                  # default
+    class_weights = "none"                        # default
+    resume = "never"                              # default
 
-        [lora]
-        r = 8                                         # my.toml:7
-        lora_alpha = 32.0                             # --set
-        lora_dropout = 0.1                            # default
-        target_modules = ["q_proj", "v_proj"]         # my.toml:8
-        layers_to_transform = "none"                  # default
-        use_rslora = false                            # default
-        use_dora = false                              # default
-        loraplus_lr_ratio = 1.0                       # default
-        "#);
+    [lora]
+    r = 8                                         # my.toml:7
+    lora_alpha = 32.0                             # --set
+    lora_dropout = 0.1                            # default
+    target_modules = ["q_proj", "v_proj"]         # my.toml:8
+    layers_to_transform = "none"                  # default
+    use_rslora = false                            # default
+    use_dora = false                              # default
+    loraplus_lr_ratio = 1.0                       # default
+    "#);
 }
 
 #[test]

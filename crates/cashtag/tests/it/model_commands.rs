@@ -121,12 +121,12 @@ fn probabilities(object: &Value) -> [f64; 3] {
 fn one_text() {
     let Some(context) = context() else { return };
     assert_snapshot!(masked(&context.run(&["predict", "Shares plunge as the company files for bankruptcy"])), @"
-        exit code 0
-        --- stdout
-        Neutral # % Positive # · Neutral # · Negative #
-        --- stderr
-        no --adapter: the base model smollm2-135m answers, which was not fine-tuned for this
-        ");
+    exit code 0
+    --- stdout
+    Positive # % Positive # · Neutral # · Negative #
+    --- stderr
+    no --adapter: the base model smollm2-135m answers, which was not fine-tuned for this
+    ");
     let json = stdout(&context, &["predict", "-q", "--json", "Shares plunge as the company files for bankruptcy"]);
     let object: Value = serde_json::from_str(&json).unwrap();
     let p = probabilities(&object);
@@ -141,15 +141,15 @@ fn lines_of_standard_input() {
     let Some(context) = context() else { return };
     let input = "\u{feff}Upgraded to buy\r\n\nCompany files for bankruptcy".as_bytes();
     assert_snapshot!(masked(&piped(&context, &["predict", "-"], input)), @"
-        exit code 0
-        --- stdout
-        Positive # % Positive # · Neutral # · Negative # Upgraded to buy
-        –
-        Neutral # % Positive # · Neutral # · Negative # Company files for bankruptcy
-        --- stderr
-        no --adapter: the base model smollm2-135m answers, which was not fine-tuned for this
-        lines without a text: 1
-        ");
+    exit code 0
+    --- stdout
+    Positive # % Positive # · Neutral # · Negative # Upgraded to buy
+    –
+    Positive # % Positive # · Neutral # · Negative # Company files for bankruptcy
+    --- stderr
+    no --adapter: the base model smollm2-135m answers, which was not fine-tuned for this
+    lines without a text: 1
+    ");
     assert_snapshot!(masked(&piped(&context, &["predict", "--json", "-q"], b"Upgraded to buy\n\nbad \xff\nmore\n")), @r#"
         exit code 1
         --- stdout
@@ -166,24 +166,24 @@ fn a_file_keeps_its_columns_and_its_order() {
     let Some(context) = context() else { return };
     context.write("tweets.csv", TWEETS);
     assert_snapshot!(masked(&context.run(&["predict", "--in", "tweets.csv", "--out", "scored.csv"])), @r#"
-        exit code 0
-        --- stdout
-        scored.csv: 5 texts, Positive 2, Neutral 1, Negative 2 · rows without a text: 1 · # texts/s
-        --- stderr
-        no --adapter: the base model smollm2-135m answers, which was not fine-tuned for this
-        tweets.csv: text from "text" (guessed)
-        some names are taken; the new columns are predicted_label, confidence, p_positive, p_neutral, p_negative
-        "#);
+    exit code 0
+    --- stdout
+    scored.csv: 5 texts, Positive 5, Neutral 0, Negative 0 · rows without a text: 1 · # texts/s
+    --- stderr
+    no --adapter: the base model smollm2-135m answers, which was not fine-tuned for this
+    tweets.csv: text from "text" (guessed)
+    some names are taken; the new columns are predicted_label, confidence, p_positive, p_neutral, p_negative
+    "#);
     assert_snapshot!(masked(&read(&context.path("scored.csv"))), @r#"
-        id,text,label,kind,note,predicted_label,confidence,p_positive,p_neutral,p_negative
-        1,"Shares jump 12% after a blowout quarter, raising guidance",Positive,plain,'=1+1,Negative,#,#,#,#
-        2,Company files for bankruptcy protection,Negative,plain,,Neutral,#,#,#,#
-        3,"The board meets on Tuesday, as planned",Neutral,contextual,x,Positive,#,#,#,#
-        4,,Neutral,plain,"two
-        lines",,,,,
-        5,"Great, my stop got hit at the low. Again.",Negative,sarcastic,,Negative,#,#,#,#
-        6,Upgraded to buy with a higher target,Positive,plain,,Positive,#,#,#,#
-        "#);
+    id,text,label,kind,note,predicted_label,confidence,p_positive,p_neutral,p_negative
+    1,"Shares jump 12% after a blowout quarter, raising guidance",Positive,plain,'=1+1,Positive,#,#,#,#
+    2,Company files for bankruptcy protection,Negative,plain,,Positive,#,#,#,#
+    3,"The board meets on Tuesday, as planned",Neutral,contextual,x,Positive,#,#,#,#
+    4,,Neutral,plain,"two
+    lines",,,,,
+    5,"Great, my stop got hit at the low. Again.",Negative,sarcastic,,Positive,#,#,#,#
+    6,Upgraded to buy with a higher target,Positive,plain,,Positive,#,#,#,#
+    "#);
     // The other formats hold the same.
     stdout(&context, &["predict", "-q", "--in", "tweets.csv", "--out", "deep/scored.parquet"]);
     stdout(&context, &["predict", "-q", "--in", "deep/scored.parquet", "--out", "again.jsonl"]);
@@ -418,10 +418,10 @@ fn training_leaves_an_adapter() {
     // The same command again says what is the matter; with --resume it ends where it had ended.
     let again = context.run(&["train", "--config", "run/config.toml", "--output-dir", "run"]);
     assert_snapshot!(again.lines().skip(1).filter(|l| !l.contains(" on ")).collect::<Vec<_>>().join("\n"), @"
-        --- stderr
-        built-in corpus: 37 to train on, 3 to validate, 436 held out; run directory run
-        error: run already holds checkpoints of a run
-        ");
+    --- stderr
+    built-in corpus: 37 to train on, 3 to validate, 243 held out; run directory run
+    error: run already holds checkpoints of a run
+    ");
     let weights = std::fs::read(context.path("run/adapter/adapter_model.safetensors")).unwrap();
     stdout(context, &["train", "-q", "--config", "run/config.toml", "--output-dir", "run", "--resume", "auto"]);
     assert!(weights == std::fs::read(context.path("run/adapter/adapter_model.safetensors")).unwrap());
@@ -532,39 +532,39 @@ fn one_model_is_judged() {
     context.write("tweets.jsonl", judged_tweets());
     let shown = context.run(&["eval", "-q", "--data", "tweets.jsonl", "--by", "kind", "--out", "judged"]);
     assert_snapshot!(masked(&shown), @"
-        exit code 0
-        --- stdout
-        smollm2-135m
-        tweets.jsonl: 5 texts
+    exit code 0
+    --- stdout
+    smollm2-135m
+    tweets.jsonl: 5 texts
 
-        accuracy #% [#, #]
-        macro F1 #% [#, #]
-        weighted F1 #% [#, #]
-        log-loss # [#, #]
-        calibration error #%
-        majority baseline #%
+    accuracy #% [#, #]
+    macro F1 #% [#, #]
+    weighted F1 #% [#, #]
+    log-loss # [#, #]
+    calibration error #%
+    majority baseline #%
 
-        class texts precision recall F1 → Positive → Neutral → Negative
-        Positive 2 #% #% #% 1 0 1
-        Neutral 1 #% #% #% 1 0 0
-        Negative 2 #% #% #% 0 1 1
+    class texts precision recall F1 → Positive → Neutral → Negative
+    Positive 2 #% #% #% 2 0 0
+    Neutral 1 #% #% #% 1 0 0
+    Negative 2 #% #% #% 2 0 0
 
-        kind texts accuracy macro F1
-        plain 3 #% [#, #] #% [#, #]
-        contextual 1 #% [#, #] #% [#, #]
-        sarcastic 1 #% [#, #] #% [#, #]
+    kind texts accuracy macro F1
+    plain 3 #% [#, #] #% [#, #]
+    contextual 1 #% [#, #] #% [#, #]
+    sarcastic 1 #% [#, #] #% [#, #]
 
-        In brackets: 95% intervals, bootstrap over the texts.
-        ");
+    In brackets: 95% intervals, bootstrap over the texts.
+    ");
     assert_snapshot!(files(&context.path("judged")).join("\n"), @"
         metrics.json
         predictions.csv
         report.html
         ");
     assert_snapshot!(masked(read(&context.path("judged/predictions.csv")).lines().take(2).collect::<Vec<_>>().join("\n").as_str()), @r#"
-        text,label,kind,predicted_label,confidence,p_positive,p_neutral,p_negative
-        "Shares jump 12% after a blowout quarter, raising guidance",Positive,plain,Negative,#,#,#,#
-        "#);
+    text,label,kind,predicted_label,confidence,p_positive,p_neutral,p_negative
+    "Shares jump 12% after a blowout quarter, raising guidance",Positive,plain,Positive,#,#,#,#
+    "#);
     let page = read(&context.path("judged/report.html"));
     assert!(page.contains("cashtag eval: tweets.jsonl") && !page.contains("After fine-tuning"));
     let printed: Value =

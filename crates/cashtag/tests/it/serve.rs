@@ -321,7 +321,8 @@ fn hostile(s: &Serving) {
         let mut left = TcpStream::connect(&s.address).unwrap();
         let body = body.to_string();
         let head = format!(
-            "POST /v1/classify HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: {}\r\n\r\n",
+            "POST /v1/classify HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {KEY}\r\ncontent-length: {}\r\n\r\n",
+            s.address,
             body.len()
         );
         left.write_all((head + &body).as_bytes()).unwrap();

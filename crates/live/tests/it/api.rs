@@ -343,5 +343,8 @@ fn alerts_are_shown_stored_once_and_sent_until_they_are_taken() {
     rig.post("/v1/ingest", &json!({"id": "more", "author": "x", "text": "$AAA up"}).to_string());
     rig.until("it is counted", |r| r.get("/v1/posts")["posts"].as_array().unwrap().len() == 5);
     assert_eq!(rig.get("/v1/alerts")["items"].as_array().unwrap().len(), 1, "once, across restarts");
-    assert!(taken.recv_timeout(Duration::from_secs(2)).is_err());
+    // At least once: a process that ends before it has noted the delivery repeats it, and nothing else comes.
+    while let Ok(again) = taken.recv_timeout(Duration::from_secs(2)) {
+        assert_eq!(again, alert);
+    }
 }

@@ -67,7 +67,8 @@ impl Worker {
             let trained = adapter.classifier.as_ref();
             let one = Served::new(&checkpoint, &prompting, &adapter_name, Some(&name), Some(&dir), trained)?;
             let one = Arc::new(one);
-            let lora = Lora::new(&backend, adapter.lora, model.config(), &adapter.tensors, false)?;
+            let mut lora = Lora::new(&backend, adapter.lora, model.config(), &adapter.tensors, false)?;
+            model.prepare(&backend, &mut lora)?;
             slots.push(Slot::new(one.clone(), Some(lora)));
             served.push(one);
         }
@@ -217,8 +218,9 @@ fn add<B: Backend>(
     adapter: cashtag_llama::adapter::Adapter,
 ) -> Result<(), Failure> {
     let failed = |e: cashtag_llama::Error| Failure::Device(e.to_string());
-    let lora =
+    let mut lora =
         Lora::new(device.backend, adapter.lora, device.model.config(), &adapter.tensors, false).map_err(failed)?;
+    device.model.prepare(device.backend, &mut lora).map_err(failed)?;
     let mut slot = Slot::new(served, Some(lora));
     slot.prepare(device).map_err(failed)?;
     slots.push(slot);
