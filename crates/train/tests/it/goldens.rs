@@ -84,10 +84,11 @@ fn losses_and_gradients() {
     check_gradients(Precision::F32, 1e-5, 1e-3);
 }
 
-/// The same in bf16, as close as operands of eight bits allow.
+/// The same in bf16, as close as operands of eight bits allow: the worst matrix was off by 0.08 with AVX512-BF16 and by 0.11 with
+/// AVX2, which adds up in another order.
 #[test]
 fn losses_and_gradients_in_bf16() {
-    check_gradients(Precision::Bf16, 2e-2, 0.1);
+    check_gradients(Precision::Bf16, 2e-2, 0.15);
 }
 
 fn check_gradients(precision: Precision, loss_tolerance: f64, tolerance: f64) {
