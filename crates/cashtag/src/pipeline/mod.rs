@@ -6,6 +6,7 @@ pub(crate) mod data;
 pub(crate) mod device;
 pub(crate) mod engine;
 pub(crate) mod fine_tune;
+pub(crate) mod injections;
 pub(crate) mod report;
 pub(crate) mod sides;
 pub(crate) mod training;
