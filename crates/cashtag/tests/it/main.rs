@@ -3,6 +3,7 @@
 mod cli;
 mod config;
 mod context;
+mod generate;
 mod model_commands;
 mod pull;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
