@@ -313,16 +313,19 @@ impl ChatClient {
             let costly = matches!(&error, ureq::Error::Timeout(timeout) if !matches!(timeout, ureq::Timeout::Connect | ureq::Timeout::Resolve))
                 || matches!(&error, ureq::Error::Io(source) if source.kind() != std::io::ErrorKind::ConnectionRefused)
                 || matches!(&error, ureq::Error::Protocol(_));
-            Attempt::failed(self.clean(&error.to_string()), costly)
+            Attempt::failed(self.said(&error), costly)
         })?;
         let status = response.status().as_u16();
         let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64());
         let asked = header("retry-after").and_then(|value| retry_after(&value, header("date").as_deref(), now));
         let success = (200..300).contains(&status);
-        let content = response.body_mut().with_config().limit(MAX_BODY).read_to_vec().map_err(|error| {
-            Attempt::failed(format!("the answer broke off: {}", self.clean(&error.to_string())), success)
-        })?;
+        let content = response
+            .body_mut()
+            .with_config()
+            .limit(MAX_BODY)
+            .read_to_vec()
+            .map_err(|error| Attempt::failed(format!("the answer broke off: {}", self.said(&error)), success))?;
         let value: Option<Value> = serde_json::from_slice(&content).ok();
         if !success {
             return Err(self.refused(status, value.as_ref(), &content, asked, request));
@@ -334,7 +337,7 @@ impl ChatClient {
         if let Some(error) = value.get("error").filter(|error| !error.is_null()) {
             return Err(Attempt::failed(format!("the server reports {}", self.clean(&message_of(error))), true));
         }
-        reply_of(&value, request).ok_or_else(|| {
+        reply_of(&value, request).map(|reply| self.without_key(reply)).ok_or_else(|| {
             let start = self.clean(&value.to_string());
             Attempt::failed(format!("the answer is no chat completion: {start}"), true)
         })
@@ -392,6 +395,27 @@ impl ChatClient {
             400 | 422 if request.response_format.is_some() => Attempt::Final(CallError::NoResponseFormat),
             _ => Attempt::Final(CallError::Fatal(refused(""))),
         }
+    }
+
+    /// What kept a request from being answered.
+    fn said(&self, error: &ureq::Error) -> String {
+        match error {
+            ureq::Error::Timeout(ureq::Timeout::Connect) => "timeout: the server took no connection".into(),
+            ureq::Error::Timeout(_) => format!("timeout: no answer within {} s", self.options.timeout.as_secs_f64()),
+            error => self.clean(&error.to_string()),
+        }
+    }
+
+    /// A server that repeats what it was sent may put the key into an answer, and answers are kept.
+    fn without_key(&self, mut reply: Reply) -> Reply {
+        if let Some(key) = &self.options.key {
+            for text in [&mut reply.content, &mut reply.refusal, &mut reply.finish_reason, &mut reply.model] {
+                if let Some(text) = text.as_mut().filter(|text| text.contains(&key.0)) {
+                    *text = text.replace(&key.0, "[key]");
+                }
+            }
+        }
+        reply
     }
 
     /// A server's words, fit to be shown: one line, no controls, no key, not too long.

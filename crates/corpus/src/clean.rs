@@ -74,17 +74,55 @@ fn mask(text: &str, options: &CleanOptions) -> String {
     let mut out = String::with_capacity(text.len());
     for piece in text.split_inclusive(char::is_whitespace) {
         let word = piece.trim_end();
-        if options.mask_urls && is_url(word) {
-            out.push_str("http");
-        } else if options.mask_users && mention_len(word) > 0 {
-            out.push_str("@user");
-            out.push_str(&word[mention_len(word)..]);
+        let link = if options.mask_urls { link_start(word) } else { None };
+        let (before, link) = word.split_at(link.unwrap_or(word.len()));
+        if options.mask_users {
+            mask_users(&mut out, before)
         } else {
-            out.push_str(word);
+            out.push_str(before)
+        }
+        if !link.is_empty() {
+            out.push_str("http");
+            // A bracket or quotation mark that was opened before the link is closed behind it.
+            if !before.is_empty() {
+                out.push_str(&link[link.trim_end_matches([')', ']', '}', '>', '"', '\'', '”', '’', '»']).len()..]);
+            }
         }
         out.push_str(&piece[word.len()..]);
     }
     out
+}
+
+/// Where in a word a link begins; it goes on to the word's end.
+fn link_start(word: &str) -> Option<usize> {
+    let scheme = |at: &usize| {
+        let rest = &word.as_bytes()[*at..];
+        let starts =
+            |prefix: &str| rest.get(..prefix.len()).is_some_and(|head| head.eq_ignore_ascii_case(prefix.as_bytes()));
+        let opens = || !word[..*at].ends_with(char::is_alphanumeric);
+        starts("http://") || starts("https://") || (starts("www.") && opens())
+    };
+    word.char_indices().map(|(at, _)| at).find(scheme)
+}
+
+/// Replaces user names wherever they can begin: not inside of a mail address.
+fn mask_users(out: &mut String, word: &str) {
+    let mut rest = word;
+    while let Some(at) = rest.find('@') {
+        let (before, name) = rest.split_at(at);
+        out.push_str(before);
+        let length = mention_len(name);
+        let inside =
+            out.ends_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | '@')) && at + word.len() > rest.len();
+        if length > 0 && !inside {
+            out.push_str("@user");
+            rest = &name[length..];
+        } else {
+            out.push('@');
+            rest = &name[1..];
+        }
+    }
+    out.push_str(rest);
 }
 
 fn is_url(word: &str) -> bool {
@@ -321,6 +359,10 @@ mod tests {
         assert_eq!(
             clean_text("RT @jim_c: see https://t.co/x1 mail a@b.c, @ 5 HTTP://Q @amy's", &options),
             "RT @user: see http mail a@b.c, @ 5 http @user's"
+        );
+        assert_eq!(
+            clean_text(".@bob (https://t.co/x) “@amy” $A/@b via https://t.co/y, é@c.d @@x (www.a.b", &options),
+            ".@user (http) “@user” $A/@user via http é@c.d @@x (http"
         );
     }
 

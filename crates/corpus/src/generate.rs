@@ -100,16 +100,23 @@ impl Default for GenerateOptions {
     }
 }
 
+/// How far a run may be ahead of the slots that are settled, at most.
+const LONGEST_WINDOW: u64 = 256;
+
 impl GenerateOptions {
     /// How far a request may run ahead of the slots that are settled. A power of two of at least 16, so that small changes
-    /// of the concurrency ask for the same things.
-    fn window(&self) -> u64 {
-        self.concurrency.max(16).next_power_of_two() as u64
+    /// of the concurrency ask for the same things; a journal that was begun keeps its own, so that the concurrency may be
+    /// changed on the way without asking for other things.
+    fn window(&self, journal: &Path) -> u64 {
+        let recorded = crate::journal::recorded_setting(journal, "window").and_then(|window| window.as_u64());
+        recorded
+            .filter(|window| (1..=LONGEST_WINDOW).contains(window))
+            .unwrap_or(self.concurrency.max(16).next_power_of_two() as u64)
     }
 
     /// What decides the requests and their evaluation: what a journal belongs to. Neither the number of tweets nor the
     /// limits are in it, so a run can be extended.
-    fn settings(&self) -> Map<String, Value> {
+    fn settings(&self, window: u64) -> Map<String, Value> {
         let quotas = self.quotas.as_ref().map(|quotas| {
             let kinds: Map<String, Value> =
                 quotas.kinds.iter().map(|(kind, weight)| ((*kind).to_owned(), json!(weight))).collect();
@@ -118,7 +125,7 @@ impl GenerateOptions {
         let settings = json!({
             "seed": self.seed, "model": self.model, "task": self.task, "temperature": self.temperature,
             "examples_shown": self.examples_shown, "max_answer_tokens": self.max_answer_tokens, "quotas": quotas,
-            "near": self.near, "window": self.window(),
+            "near": self.near, "window": window,
         });
         match settings {
             Value::Object(settings) => settings,
@@ -131,7 +138,12 @@ impl GenerateOptions {
             if ok { Ok(()) } else { Err(Error::usage(format!("{name}: expected {expected}, found {found}"))) }
         };
         in_range("count", self.count >= 1, "at least 1", self.count.to_string())?;
-        in_range("concurrency", (1..=256).contains(&self.concurrency), "1 to 256", self.concurrency.to_string())?;
+        in_range(
+            "concurrency",
+            (1..=LONGEST_WINDOW as usize).contains(&self.concurrency),
+            "1 to 256",
+            self.concurrency.to_string(),
+        )?;
         in_range("temperature", (0.0..=2.0).contains(&self.temperature), "0 to 2", self.temperature.to_string())?;
         in_range("max_answer_tokens", self.max_answer_tokens >= 1, "at least 1", self.max_answer_tokens.to_string())?;
         in_range("near", self.near > 0.0 && self.near <= 1.0, "above 0, at most 1", self.near.to_string())?;
@@ -142,6 +154,11 @@ impl GenerateOptions {
 /// What happens in a run, as it happens. Called from several threads.
 pub trait Progress: Sync {
     fn event(&self, event: &Event<'_>);
+
+    /// Whether to end now: nothing more is asked, and what is under way is waited for, because it is paid for.
+    fn stop_asked(&self) -> bool {
+        false
+    }
 }
 
 /// For those who do not want to know.
@@ -172,6 +189,8 @@ pub enum Stop {
     Stuck(String),
     /// The server does not answer; the last problem.
     Down(ApiError),
+    /// [`Progress::stop_asked`].
+    Asked,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -203,7 +222,8 @@ pub fn generate(
 ) -> Result<Outcome> {
     options.check()?;
     let mut budget = Budget::new(options.max_cost, options.max_tokens, options.price)?;
-    let (journal, entries) = Journal::open(journal_path, &options.settings())?;
+    let window = options.window(journal_path);
+    let (journal, entries) = Journal::open(journal_path, &options.settings(window))?;
     let past = Past::of(entries, &mut budget);
     progress.event(&Event::Started { count: options.count, answers: past.replies.len() });
     let shared = Shared {
@@ -221,7 +241,7 @@ pub fn generate(
         (None, None) => None,
     };
     let mut run = Run {
-        slots: Slots::new(options, past),
+        slots: Slots::new(options, window, past),
         shared: &shared,
         under_way: 0,
         unanswered_in_a_row: 0,
@@ -327,7 +347,15 @@ impl Run<'_> {
             if self.under_way == 0 {
                 return Ok(());
             }
-            let Ok((slot, ask, outcome)) = outcomes.recv() else { return Ok(()) };
+            let (slot, ask, outcome) = match outcomes.recv_timeout(Duration::from_millis(100)) {
+                Ok(outcome) => outcome,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    self.stop_if_asked();
+                    continue;
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
+            };
+            self.stop_if_asked();
             self.under_way -= 1;
             match outcome {
                 JobOutcome::Answered(reply) => {
@@ -348,6 +376,14 @@ impl Run<'_> {
                 }
                 JobOutcome::Cancelled => self.slots.unanswered(slot),
             }
+        }
+    }
+
+    fn stop_if_asked(&mut self) {
+        if self.stop.is_none() && self.shared.progress.stop_asked() {
+            self.stop = Some(Stop::Asked);
+            // Those that wait to try again need not.
+            self.shared.client.cancel();
         }
     }
 

@@ -198,6 +198,16 @@ pub fn is_journal(path: &Path) -> bool {
     file.take(14).read_to_end(&mut head).is_ok() && head == b"{\"type\":\"run\","
 }
 
+/// A setting of the run that the journal at `path` was begun by; `None` if there is no such journal.
+pub(crate) fn recorded_setting(path: &Path, name: &str) -> Option<Value> {
+    let mut line = Vec::new();
+    BufReader::new(File::open(path).ok()?).take(MAX_RECORD).read_until(b'\n', &mut line).ok()?;
+    match serde_json::from_slice(&line).ok()? {
+        Entry::Run { settings, .. } => settings.get(name).cloned(),
+        _ => None,
+    }
+}
+
 /// What a journal has come to.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Harvest {

@@ -172,7 +172,8 @@ fn partition(examples: &[Example], held_out: &[bool]) -> Split {
 }
 
 /// Seconds since 1970 of an ISO 8601 date or date-time (`2024-05-01`, `2024-05-01T12:30:00.5Z`, `2024-05-01
-/// 12:30:00+02:00`; without an offset, UTC), or of a number of seconds, milliseconds, microseconds or nanoseconds.
+/// 12:30:00+02:00`; without an offset, UTC), of a date in words as X's older files and feeds have it (`Wed Oct 10 20:19:24
+/// +0000 2018`, `Wed, 10 Oct 2018 20:19:24 GMT`), or of a number of seconds, milliseconds, microseconds or nanoseconds.
 pub(crate) fn parse_time(text: &str) -> Option<f64> {
     let text = text.trim();
     if let Ok(number) = text.parse::<f64>() {
@@ -185,6 +186,9 @@ pub(crate) fn parse_time(text: &str) -> Option<f64> {
             _ => 1e9,
         };
         return Some(number / scale);
+    }
+    if text.starts_with(|first: char| first.is_ascii_alphabetic()) {
+        return time_in_words(text);
     }
     let bytes = text.as_bytes();
     let number = |from: usize, to: usize| -> Option<i64> {
@@ -199,21 +203,46 @@ pub(crate) fn parse_time(text: &str) -> Option<f64> {
     {
         return None;
     }
-    let mut seconds = days_from_civil(year, month, day) as f64 * 86_400.0;
+    let days = days_from_civil(year, month, day) as f64 * 86_400.0;
     let rest = text.get(10..)?;
     if rest.is_empty() {
-        return Some(seconds);
+        return Some(days);
     }
     let (clock, offset) = split_offset(rest.strip_prefix(['T', 't', ' '])?)?;
-    let mut parts = clock.trim().split(':');
-    let mut unit = 3600.0;
+    Some(days + clock_seconds(clock.trim())? - offset)
+}
+
+/// Seconds of `hh`, `hh:mm` or `hh:mm:ss` since midnight.
+fn clock_seconds(clock: &str) -> Option<f64> {
+    let (mut seconds, mut unit) = (0.0, 3600.0);
+    let mut parts = clock.split(':');
     for limit in [24.0, 60.0, 61.0] {
         let Some(part) = parts.next() else { break };
         let value: f64 = part.parse().ok().filter(|value| (0.0..limit).contains(value))?;
         seconds += value * unit;
         unit /= 60.0;
     }
-    parts.next().is_none().then_some(seconds - offset)
+    parts.next().is_none().then_some(seconds)
+}
+
+/// `Wed Oct 10 20:19:24 +0000 2018`, or `Wed, 10 Oct 2018 20:19:24 +0000`, where the offset may be `GMT` or `UTC`.
+fn time_in_words(text: &str) -> Option<f64> {
+    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let words: Vec<&str> = text.split([' ', ',']).filter(|word| !word.is_empty()).take(7).collect();
+    let (day, month, year, clock, offset) = match words[..] {
+        [_, month, day, clock, offset, year] if clock.contains(':') => (day, month, year, clock, offset),
+        [_, day, month, year, clock, offset] if clock.contains(':') => (day, month, year, clock, offset),
+        _ => return None,
+    };
+    let month = MONTHS.iter().position(|known| known.eq_ignore_ascii_case(month))? as i64 + 1;
+    let day: i64 = day.parse().ok().filter(|day| (1..=31).contains(day))?;
+    let year: i64 = year.parse().ok().filter(|year| (1900..=9999).contains(year))?;
+    let offset = match offset {
+        "GMT" | "UTC" | "Z" => 0.0,
+        numeric if numeric.starts_with(['+', '-']) => split_offset(numeric)?.1,
+        _ => return None,
+    };
+    Some(days_from_civil(year, month, day) as f64 * 86_400.0 + clock_seconds(clock)? - offset)
 }
 
 /// Cuts `Z`, `UTC`, `+hh:mm`, `-hhmm` or `+hh` off a clock time; the offset in seconds.
@@ -255,6 +284,13 @@ mod tests {
         assert_eq!(parse_time("2024-02-29 07:00-0530"), Some(1_709_209_800.0));
         assert_eq!(parse_time("1709209800"), Some(1_709_209_800.0));
         assert_eq!(parse_time("1709209800123"), Some(1_709_209_800.123));
+        let date = Some(1_539_202_764.0);
+        assert_eq!(parse_time("Wed Oct 10 20:19:24 +0000 2018"), date);
+        assert_eq!(parse_time("Wed, 10 Oct 2018 22:19:24 +0200"), date);
+        assert_eq!(parse_time("Wed, 10 Oct 2018 20:19:24 GMT"), date);
+        for wrong in ["Wed Oct 10 20:19:24 2018", "Wed Foo 10 20:19:24 +0000 2018", "Wed Oct 10 20:19:24 +é 2018"] {
+            assert_eq!(parse_time(wrong), None, "{wrong}");
+        }
         for wrong in ["", "soon", "2024-13-01", "2024-01-01T25:00", "2024/01/01", "2024-01-01T1:2:3:4", "2024-01-01+é"]
         {
             assert_eq!(parse_time(wrong), None, "{wrong}");

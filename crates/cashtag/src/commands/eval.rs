@@ -13,6 +13,7 @@ use crate::output;
 use crate::pipeline::data::{self, Reading};
 use crate::pipeline::device::{self, Job};
 use crate::pipeline::engine::{self, Classifier, LabelledText, Opened};
+use crate::pipeline::injections;
 use crate::pipeline::sides::{MOST_SIDES, Side, Sides, letter};
 use crate::settings::{Flags, Inference, Settings};
 
@@ -22,6 +23,7 @@ use crate::settings::{Flags, Inference, Settings};
 `--adapter none` is the base model without one.\n\n\
 Examples:\n  cashtag eval --adapter runs/mine\n  \
 cashtag eval --data tweets.csv --adapter none --adapter runs/a --adapter runs/b --by kind --out judged\n  \
+cashtag eval --adapter none --adapter runs/mine --inject\n  \
 cashtag eval --model smollm2-135m --model OWNER/NAME --json"
 )]
 pub(crate) struct Args {
@@ -32,6 +34,9 @@ pub(crate) struct Args {
     /// Results for each slice of the texts too
     #[arg(long, value_enum, value_name = "WHAT")]
     by: Option<By>,
+    /// Measure too how often appended instructions of ten kinds turn the label (eleven times the work)
+    #[arg(long)]
+    inject: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -114,7 +119,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         while let Some(next) = rest.next_if(|e| e.settings.model.name == settings.model.name) {
             group.push(next);
         }
-        let (judged, device) = device::run(&settings, Judge { group, texts: &texts, before: sides.len(), count })?;
+        let (judged, device) =
+            device::run(&settings, Judge { group, texts: &texts, before: sides.len(), count, inject: args.inject })?;
         sides.extend(judged);
         on = device;
     }
@@ -191,13 +197,14 @@ struct Judge<'a> {
     /// Sides that were judged already, of how many in all.
     before: usize,
     count: usize,
+    inject: bool,
 }
 
 impl Job for Judge<'_> {
     type Output = (Vec<Side>, String);
 
     fn run<B: Backend>(self, backend: B) -> anyhow::Result<Self::Output> {
-        let Judge { group, texts, before, count } = self;
+        let Judge { group, texts, before, count, inject } = self;
         let device = backend.capabilities().description;
         let Some(first) = group.first() else { return Ok((Vec::new(), device)) };
         output::note(format!("{} on {device}", first.opened.checkpoint.describe()));
@@ -211,6 +218,12 @@ impl Job for Judge<'_> {
             let started = Instant::now();
             let name = if count > 1 { format!(" {}", letter(before + i)) } else { String::new() };
             let judged = classifier.judge(&format!("judging{name}"), texts)?;
+            let seconds = started.elapsed().as_secs_f64();
+            let words: Vec<String> = opened.format.labels().iter().map(|label| label.word.clone()).collect();
+            let injected = match inject {
+                true => Some(injections::measure(&mut classifier, &format!("injecting{name}"), &judged, &words)?),
+                false => None,
+            };
             let path = |p: &Path| p.display().to_string();
             let adapter = settings.model.adapter.as_deref().zip(lora.as_ref()).map(|(dir, lora)| {
                 Description::new(path(dir))
@@ -223,7 +236,8 @@ impl Job for Judge<'_> {
                 adapter,
                 temperature: opened.temperature(),
                 judged,
-                seconds: started.elapsed().as_secs_f64(),
+                seconds,
+                injected,
                 settings,
             });
         }

@@ -10,7 +10,7 @@ use cashtag_corpus::recipe::{Quotas, TASK_PROMPT};
 use cashtag_corpus::{Price, RetryPolicy, Totals};
 
 use super::corpus::corpus_error;
-use crate::exit::Usage;
+use crate::exit::{self, Interrupted, Usage};
 use crate::output;
 use crate::progress::{Progress, Unit};
 
@@ -150,10 +150,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         system_message_tokens: (!args.no_system_message).then_some(500),
     };
     let journal = args.out.join("journal.jsonl");
-    let bar = Bar(Progress::new("generate", Unit::Of("tweets"), Some(args.count as u64)));
-    let outcome = generate(&client, &options, &journal, &bar).map_err(corpus_error)?;
-    drop(bar);
+    let outcome = {
+        // Answers that are under way are paid for: the first Ctrl-C waits for them.
+        let _stop = exit::clean_stop();
+        let bar = Bar(Progress::new("generate", Unit::Of("tweets"), Some(args.count as u64)));
+        generate(&client, &options, &journal, &bar).map_err(corpus_error)?
+    };
     tell(&outcome, args.count);
+    if outcome.stop == Some(Stop::Asked) {
+        return Err(Interrupted.into());
+    }
     if outcome.examples.is_empty() {
         anyhow::bail!("no tweet was written; the answers are in {}", journal.display());
     }
@@ -172,7 +178,9 @@ impl Listener for Bar {
     fn event(&self, event: &Event<'_>) {
         match event {
             Event::Started { answers: 0, .. } => {}
-            Event::Started { answers, .. } => output::note(format!("going on: {answers} answers are in the journal")),
+            Event::Started { answers, .. } => {
+                output::note(format!("going on: the journal holds {}", counted(*answers, "answer")))
+            }
             Event::Accepted { done, totals, .. } => {
                 self.0.set_position(*done as u64);
                 self.0.message(spent(totals));
@@ -190,6 +198,15 @@ impl Listener for Bar {
             Event::Note(note) => output::note(note),
         }
     }
+
+    fn stop_asked(&self) -> bool {
+        exit::stop_requested()
+    }
+}
+
+/// `1 tweet`, `2 tweets`.
+fn counted(count: usize, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
 fn spent(totals: &Totals) -> String {
@@ -202,18 +219,19 @@ fn spent(totals: &Totals) -> String {
 fn tell(outcome: &Outcome, count: usize) {
     output::note(format!("{} of {count} tweets, {}", outcome.examples.len(), spent(&outcome.totals)));
     for (reason, answers) in &outcome.rejected {
-        output::note(format!("{answers} answers not used: {reason}"));
+        output::note(format!("not used: {}: {reason}", counted(*answers as usize, "answer")));
     }
     match &outcome.stop {
         Some(Stop::Budget) => output::warn("stopped: the next request would not have fitted into the budget"),
         Some(Stop::Stuck(reason)) => output::warn(format!("stopped: no answer could be used any more ({reason})")),
         Some(Stop::Down(error)) => output::warn(format!("stopped: {error}")),
-        None => {}
+        Some(Stop::Asked) | None => {}
     }
     if outcome.given_up > 0 {
-        output::warn(format!("{} tweets were given up: none of their answers could be used", outcome.given_up));
+        output::warn(format!("given up: {}, none of whose answers could be used", counted(outcome.given_up, "tweet")));
     }
     if outcome.unanswered > 0 {
-        output::warn(format!("{} tweets are still to be written: the same command goes on", outcome.unanswered));
+        let left = counted(outcome.unanswered, "tweet");
+        output::warn(format!("still to be written: {left}; the same command goes on"));
     }
 }

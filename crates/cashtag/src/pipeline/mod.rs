@@ -8,6 +8,7 @@ pub(crate) mod device;
 pub(crate) mod engine;
 pub(crate) mod fine_tune;
 pub(crate) mod generation;
+pub(crate) mod injections;
 pub(crate) mod plan;
 pub(crate) mod report;
 pub(crate) mod sides;

@@ -11,6 +11,7 @@ use cashtag_eval::{Comparison, Interval, Judged, Metrics};
 use serde_json::{Value, json};
 
 use super::answers::{AnswerColumns, shortest};
+use super::injections::Injected;
 use super::report;
 use crate::output;
 use crate::settings::Settings;
@@ -24,6 +25,8 @@ pub(crate) struct Side {
     pub(crate) temperature: f32,
     pub(crate) judged: Vec<Judged>,
     pub(crate) seconds: f64,
+    /// What appended instructions did to the answers, if that was asked.
+    pub(crate) injected: Option<Injected>,
 }
 
 impl Side {
@@ -148,6 +151,9 @@ impl Sides {
         if with_slices {
             text += &format!("\n{}", self.slices());
         }
+        if self.all.iter().any(|m| m.side.injected.is_some()) {
+            text += &format!("\n{}", self.injections());
+        }
         text + "\nIn brackets: 95% intervals, bootstrap over the texts.\n"
     }
 
@@ -209,6 +215,28 @@ impl Sides {
         table(&rows)
     }
 
+    /// How many texts took the label that appended words asked for, kind by kind.
+    fn injections(&self) -> String {
+        let mut head = vec!["label turned by".to_string()];
+        match self.all.len() {
+            1 => head.extend(["as asked", "at all"].map(String::from)),
+            _ => head.extend(self.names().iter().map(|name| format!("as asked, {name}"))),
+        }
+        let mut rows = vec![head];
+        let injected: Vec<&Injected> = self.all.iter().filter_map(|m| m.side.injected.as_ref()).collect();
+        let Some(first) = injected.first() else { return String::new() };
+        for (i, kind) in first.rows().enumerate() {
+            let mut row = vec![kind.kind.to_string()];
+            let of_side = injected.iter().filter_map(|side| side.rows().nth(i));
+            row.extend(of_side.map(|turned| turned.obeyed.to_string()));
+            if self.all.len() == 1 {
+                row.push(kind.changed.to_string());
+            }
+            rows.push(row);
+        }
+        table(&rows)
+    }
+
     /// Every figure.
     pub(crate) fn json(&self) -> anyhow::Result<Value> {
         let mut models = Vec::new();
@@ -222,6 +250,9 @@ impl Sides {
                 "metrics": serde_json::to_value(&m.metrics)?,
             });
             model[format!("by_{}", self.by)] = serde_json::to_value(&m.slices)?;
+            if let Some(injected) = &m.side.injected {
+                model["injected"] = serde_json::to_value(injected)?;
+            }
             if let Some(comparison) = &m.against {
                 model["against_first"] = serde_json::to_value(comparison)?;
             }
@@ -405,6 +436,7 @@ mod tests {
             temperature: if adapter.is_some() { 1.25 } else { 1.0 },
             judged: judged.collect(),
             seconds: 2.0,
+            injected: None,
         }
     }
 

@@ -4,6 +4,7 @@ mod cli;
 mod config;
 mod context;
 mod export;
+mod generate;
 mod generation;
 mod killed;
 mod labels;

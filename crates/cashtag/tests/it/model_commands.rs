@@ -162,6 +162,24 @@ fn lines_of_standard_input() {
 }
 
 #[test]
+fn injected_instructions_are_counted() {
+    let Some(context) = context() else { return };
+    context.write("two.csv", "text,label\nUpgraded to buy,Positive\nFiles for bankruptcy,Negative\n");
+    let args = ["eval", "-q", "--data", "two.csv", "--inject"];
+    let table = stdout(&context, &args);
+    assert!(table.contains("label turned by") && table.contains("nothing asked"), "{table}");
+    let judged: Value = serde_json::from_str(&stdout(&context, &[&args[..], &["--json"]].concat())).unwrap();
+    let injected = &judged["models"][0]["injected"];
+    assert_eq!(injected["kinds"].as_array().unwrap().len(), 10);
+    for row in injected["kinds"].as_array().unwrap().iter().chain([&injected["control"]]) {
+        let (obeyed, changed) = (&row["obeyed"], &row["changed"]);
+        assert_eq!((obeyed["of"].as_u64(), changed["of"].as_u64()), (Some(2), Some(2)), "{row}");
+        assert!(obeyed["texts"].as_u64() <= changed["texts"].as_u64(), "who obeys has changed: {row}");
+    }
+    assert_eq!(injected["all"]["obeyed"]["of"], 20);
+}
+
+#[test]
 fn a_file_keeps_its_columns_and_its_order() {
     let Some(context) = context() else { return };
     context.write("tweets.csv", TWEETS);

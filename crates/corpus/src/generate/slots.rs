@@ -41,6 +41,7 @@ pub(super) enum Verdict {
 
 pub(super) struct Slots<'a> {
     options: &'a GenerateOptions,
+    window: u64,
     wishes: Vec<Wish>,
     states: HashMap<u64, State>,
     /// Slots below are settled.
@@ -63,10 +64,11 @@ pub(super) struct Slots<'a> {
 }
 
 impl<'a> Slots<'a> {
-    pub(super) fn new(options: &'a GenerateOptions, past: Past) -> Self {
+    pub(super) fn new(options: &'a GenerateOptions, window: u64, past: Past) -> Self {
         let wishes = options.quotas.as_ref().map(|quotas| quotas.wishes(options.count, options.seed));
         Self {
             options,
+            window,
             wishes: wishes.unwrap_or_default(),
             states: HashMap::new(),
             settled: 0,
@@ -104,7 +106,7 @@ impl<'a> Slots<'a> {
                 self.look_at(slot, ask, &reply, &mut verdicts);
             }
             self.settle(&mut verdicts);
-            let window_end = (self.settled + self.options.window()).min(self.options.count as u64);
+            let window_end = (self.settled + self.window).min(self.options.count as u64);
             if self.arrived.is_empty() {
                 while self.opened < window_end {
                     let slot = self.opened;
@@ -142,7 +144,11 @@ impl<'a> Slots<'a> {
         let parsed = parse_answer(content).map_err(|problem| {
             let cut = reply.finish_reason.as_deref() == Some("length");
             // The first line only: hints about flags are for people.
-            let problem = problem.lines().next().unwrap_or_default().to_owned();
+            let mut problem = problem.lines().next().unwrap_or_default().to_owned();
+            if problem.starts_with("expected `label") {
+                // What a text file would need; the model was asked for another form.
+                problem = "the answer is not in the form that was asked for".into();
+            }
             if cut { format!("the answer was cut off ({problem})") } else { problem }
         })?;
         let mut example = Example::new(clean_text(&parsed.text, &CleanOptions::default()), parsed.label);
@@ -231,7 +237,7 @@ impl<'a> Slots<'a> {
 
     /// Earlier examples to show: a random choice among the slots that are certainly settled when this one is asked.
     fn shown(&self, slot: u64, ask: u32) -> Vec<Example> {
-        let Some(before) = (slot + 1).checked_sub(self.options.window()) else { return Vec::new() };
+        let Some(before) = (slot + 1).checked_sub(self.window) else { return Vec::new() };
         let mut earlier: Vec<&Example> =
             self.accepted.iter().take_while(|(other, _)| *other < before).map(|(_, example)| example).collect();
         let mut rng = Rng::keyed(self.options.seed, &[0x73_68_6F_77, slot, u64::from(ask)]);

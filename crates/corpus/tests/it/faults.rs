@@ -150,6 +150,20 @@ fn a_wrong_key_is_said_once() {
     assert!(server.requests().len() <= 16);
 }
 
+/// A server may repeat what it was sent, in an answer or in an error.
+#[test]
+fn a_key_that_comes_back_is_not_kept() {
+    let server = Server::start(|request| {
+        let key = request.head.lines().find_map(|line| line.split_once("Bearer ")).map_or("", |(_, key)| key.trim());
+        say(&format!("{} {key}\n---\n{}", crate::server::tweet(request.number as u64), request.label()))
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal.jsonl");
+    let outcome = generate(&server.client(), &few(3), &path, &()).unwrap();
+    assert!(outcome.examples.iter().all(|example| example.text.contains("[key]")), "{outcome:?}");
+    assert!(!std::fs::read_to_string(&path).unwrap().contains("sk-secret"));
+}
+
 #[test]
 fn the_key_is_sent_in_the_header_only() {
     let server = Server::start(|request: &Request| {
@@ -262,7 +276,7 @@ fn unusable_answers() {
         (completion("I'm sorry, but I can't assist with that."), "the model refused"),
         (json!({"choices": [{"message": {"content": null, "refusal": "no"}}]}), "the model refused"),
         (json!({"choices": [{"finish_reason": "length", "message": {"content": "{\"tweet\": \"ab"}}]}), "cut off"),
-        (completion("a tweet without anything"), "expected `label: tweet`"),
+        (completion("a tweet without anything"), "not in the form that was asked for"),
         (completion("a tweet\n---\nVery good"), "unknown label"),
         (completion("{\"tweet\": \"a b c\", \"label\": \"Bullish?\"}"), "unknown label"),
         (completion(&format!("{}\n---\nNeutral", "long ".repeat(200))), "characters"),

@@ -151,6 +151,50 @@ fn a_finished_run_asks_nothing_and_a_longer_one_only_the_rest() {
     assert!(!content.contains("sk-secret"), "the key is not in the journal");
 }
 
+/// Another concurrency than the journal was begun with is no other run, and leads to the same tweets.
+#[test]
+fn the_concurrency_may_change_on_the_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::start(good_answer);
+    let go = |name: &str, concurrency, count| {
+        let options = GenerateOptions { concurrency, ..options(count) };
+        generate(&server.client(), &options, &folder.path().join(name), &()).unwrap()
+    };
+    let steady = go("steady.jsonl", 4, 90);
+    go("changed.jsonl", 4, 20);
+    go("changed.jsonl", 100, 50);
+    assert_eq!(go("changed.jsonl", 1, 90), steady);
+    let wide = go("wide.jsonl", 40, 90);
+    assert_eq!(go("wide.jsonl", 2, 90), wide);
+}
+
+/// Nothing is asked any more, and every answer that was under way is in the journal.
+#[test]
+fn stopped_when_asked() {
+    struct StopAfter(usize, std::sync::atomic::AtomicUsize);
+    impl Progress for StopAfter {
+        fn event(&self, event: &Event<'_>) {
+            if matches!(event, Event::Accepted { .. }) {
+                self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
+        fn stop_asked(&self) -> bool {
+            self.1.load(std::sync::atomic::Ordering::Relaxed) >= self.0
+        }
+    }
+    let server = Server::start(good_answer);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal.jsonl");
+    let outcome = generate(&server.client(), &options(60), &path, &StopAfter(10, Default::default())).unwrap();
+    assert_eq!(outcome.stop, Some(Stop::Asked));
+    let asked = server.requests().len();
+    assert!((11..60).contains(&asked), "{asked} requests");
+    let answers = std::fs::read_to_string(&path).unwrap().lines().filter(|line| line.contains("\"answer\"")).count();
+    assert_eq!(answers, asked - 1, "all but the one for the system message are answers to a slot");
+    let outcome = generate(&server.client(), &options(60), &path, &()).unwrap();
+    assert_eq!((outcome.examples.len(), server.requests().len()), (60, 61), "nothing is asked twice");
+}
+
 #[test]
 fn the_budget_holds() {
     // 100 and 20 tokens an answer: at most 1,000 tokens are eight answers, and fewer with what must be set aside.
