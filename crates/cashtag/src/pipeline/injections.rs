@@ -47,7 +47,11 @@ pub(crate) struct Share {
 impl Share {
     fn new(texts: u64, of: u64) -> Self {
         const Z: f64 = 1.959_963_984_540_054;
-        let n = of.max(1) as f64;
+        if of == 0 {
+            // Of nothing, nothing is known.
+            return Self { texts, of, share: 0.0, low: 0.0, high: 1.0 };
+        }
+        let n = of as f64;
         let p = texts as f64 / n;
         let middle = (p + Z * Z / (2.0 * n)) / (1.0 + Z * Z / n);
         let reach = Z / (1.0 + Z * Z / n) * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt();
