@@ -27,7 +27,8 @@ pub fn normalise(symbol: &str) -> Option<String> {
         Some((exchange, rest)) if !exchange.is_empty() && exchange.bytes().all(|b| b.is_ascii_alphanumeric()) => rest,
         _ => symbol,
     };
-    let mut symbol = symbol.trim_start_matches(['$', '^']).to_ascii_uppercase();
+    // A caret inside is a point, so that a suffix behind it is seen as one.
+    let mut symbol = symbol.trim_start_matches(['$', '^']).to_ascii_uppercase().replace('^', ".");
     // Yahoo's futures and currencies, TradingView's continuous contracts, StockTwits' and Yahoo's coins.
     if let Some(root) = symbol.strip_suffix("=F").or_else(|| symbol.strip_suffix("1!")) {
         symbol = format!("{root}_F");
@@ -40,7 +41,7 @@ pub fn normalise(symbol: &str) -> Option<String> {
         Some(root) => (root, "_F"),
         None => (symbol.as_str(), ""),
     };
-    let root = root.replace(['-', '/', '_', '^'], ".");
+    let root = root.replace(['-', '/', '_'], ".");
     let symbol = format!("{root}{future}");
     let valid = (1..=MAX_LENGTH).contains(&symbol.len())
         && root.split('.').all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'&'));

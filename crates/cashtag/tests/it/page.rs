@@ -24,8 +24,16 @@ fn browser() -> Result<(String, String, PathBuf), &'static str> {
     let named = std::env::var("CASHTAG_NODE").unwrap_or_else(|_| "node".to_string());
     let node = [named, fetched].into_iter().find(|n| runs(n)).ok_or("no node (set CASHTAG_NODE to one)")?;
     let named = std::env::var("CHROMIUM").unwrap_or_else(|_| "chromium".to_string());
-    let chromium = [named, "chromium-browser".to_string(), "google-chrome".to_string()].into_iter().find(|c| runs(c));
+    let chromium = [named, "chromium-browser".to_string(), "google-chrome".to_string()];
+    let chromium = chromium.into_iter().find(|c| runs(c)).map(|c| on_the_path(&c));
     Ok((node, chromium.ok_or("no Chromium (apt install chromium, or set CHROMIUM)")?, script))
+}
+
+/// The browser is started by its path, not by its name.
+fn on_the_path(name: &str) -> String {
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.map_or_else(|| name.to_string(), |path| path.display().to_string())
 }
 
 /// Runs the tests named on the server at `url`; false where this machine cannot.
