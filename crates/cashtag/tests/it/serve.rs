@@ -329,9 +329,6 @@ fn hostile(s: &Serving) {
         left.shutdown(std::net::Shutdown::Write).unwrap();
     }
     assert_eq!(s.post("/v1/classify", &json!({"input": TEXT})).status, 200);
-    // Noticed either before its texts were queued or after.
-    let metrics = s.get("/metrics").body;
-    assert!(metrics.contains("outcome=\"dropped\"") || metrics.contains("status=\"499\""), "{metrics}");
 }
 
 /// Arbitrary JSON, with the names and values that mean something often among it.
