@@ -3,6 +3,7 @@
 import { spawn } from "node:child_process";
 import { existsSync } from "node:fs";
 import { dirname, join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { chromium } from "playwright-core";
 
@@ -15,15 +16,19 @@ export function chromiumOrSkip() {
   process.exit(0);
 }
 
+// A failed check leaves its server behind, and a server that lives keeps this process alive: `finish` ends them all.
+const servers = new Set();
+
 /** The development server with these arguments; resolves when it listens. */
 export function serve(...args) {
   return new Promise((resolve, reject) => {
     const child = spawn(process.execPath, [join(here, "../dev/server.mjs"), "--port", "0", ...args], { stdio: ["ignore", "pipe", "inherit"] });
+    servers.add(child);
     child.stdout.on("data", (data) => {
       const found = /http:\/\/[\d.:]+/.exec(String(data));
       if (found) resolve({ url: found[0], stop: () => child.kill() });
     });
-    child.on("exit", (code) => reject(new Error(`the development server ended with ${code}`)));
+    child.on("exit", (code) => servers.delete(child) && reject(new Error(`the development server ended with ${code}`)));
   });
 }
 
@@ -42,17 +47,28 @@ export async function open(options = {}) {
   });
   return { page, problems, close: () => context.close() };
 }
-export const finish = () => browser?.close();
+export async function finish() {
+  for (const server of servers) server.kill();
+  await Promise.race([browser?.close(), sleep(5000, undefined, { ref: false })]);
+}
 
+// What waits inside the page has no limit of its own.
+const LIMIT = 120_000;
 const failures = [];
 export async function test(name, body) {
   const started = performance.now();
+  const late = new AbortController();
   try {
-    await body();
+    await Promise.race([
+      body(),
+      sleep(LIMIT, undefined, { signal: late.signal }).then(() => Promise.reject(new Error(`not finished after ${LIMIT / 1000} s`))),
+    ]);
     console.log(`ok      ${name} (${((performance.now() - started) / 1000).toFixed(1)} s)`);
   } catch (error) {
     failures.push(name);
     console.log(`FAILED  ${name}\n        ${String(error?.message ?? error).split("\n").slice(0, 12).join("\n        ")}`);
+  } finally {
+    late.abort();
   }
 }
 export function check(condition, message) {
@@ -63,5 +79,5 @@ export function equal(found, expected, what) {
 }
 export function summary() {
   console.log(failures.length ? `\n${failures.length} failed: ${failures.join(", ")}` : "\nall passed");
-  process.exitCode = failures.length ? 1 : 0;
+  process.exit(failures.length ? 1 : 0);
 }

@@ -65,7 +65,7 @@ function measures(before: Metrics | undefined, after: Metrics): HTMLElement {
   rows.push(["Log-loss", l(after.log_loss), after.log_loss ? `${after.log_loss.low.toFixed(3)} to ${after.log_loss.high.toFixed(3)}` : "", whisker(after.log_loss, Math.max(1.2, after.log_loss?.high ?? 0), "Log-loss"), l(before?.log_loss)]);
   rows.push(["Calibration error", probability(after.expected_calibration_error), "", "", before ? probability(before.expected_calibration_error) : "–"]);
   rows.push(["Always the commonest label", probability(after.majority_baseline), "", "", ""]);
-  return table(["", "After", "95 % interval", "0 to 1", "Before"], rows, "Measures before and after fine-tuning");
+  return table(["Measure", "After", "95 % interval", "0 to 1", "Before"], rows, "Measures before and after fine-tuning");
 }
 
 function reliability(m: Metrics): HTMLElement {
