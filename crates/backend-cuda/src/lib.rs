@@ -12,6 +12,7 @@
 //! - Compute dtypes bf16 (from sm_80), f16 and f32. Products sum in f32; norms, softmax and losses are f32.
 
 mod attention;
+mod collective;
 mod driver;
 mod fused;
 mod gemm;
@@ -38,6 +39,7 @@ use cashtag_backend::{
 use half::{bf16, f16};
 
 use crate::attention::Layouts;
+use crate::collective::Collective;
 use crate::driver::Device;
 use crate::gemm::{Form, Gemm};
 use crate::kernels::Kernels;
@@ -101,6 +103,7 @@ const WIDE_SHARE: f64 = 0.6;
 /// What the operations need; they are written in the modules of their families. Fields that hold device memory or modules come before the
 /// device, which is released last.
 pub(crate) struct Core {
+    collective: Collective,
     gemm: Gemm,
     kernels: Kernels,
     layouts: Layouts,
@@ -148,6 +151,7 @@ impl CudaBackend {
         let (free, _) = device.memory()?;
         Ok(Self {
             core: Core {
+                collective: Collective::default(),
                 gemm: Gemm::new(&allocator)?,
                 kernels: Kernels::new(&device, options.kernel_cache.clone()),
                 layouts: Layouts::default(),
@@ -324,6 +328,18 @@ impl Backend for CudaBackend {
 
     fn synchronize(&self) -> Result<()> {
         self.core.device.synchronize()
+    }
+
+    fn collective_id(&self) -> Result<Option<Vec<u8>>> {
+        self.core.collective.id(&self.core.device)
+    }
+
+    fn join_collective(&self, id: &[u8], rank: usize, size: usize) -> Result<()> {
+        self.core.collective.join(&self.core.device, id, rank, size)
+    }
+
+    fn all_reduce(&self, x: &mut CudaBuffer) -> Result<()> {
+        self.core.collective.all_reduce(&self.core.device, x)
     }
 
     fn memory(&self) -> (u64, u64) {

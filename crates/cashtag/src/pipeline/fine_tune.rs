@@ -14,6 +14,7 @@ use cashtag_llama::model::Llama;
 
 use super::data::{self, Data, Portions, Reading, quoted};
 use super::engine::{self, Classifier, LabelledText, Opened};
+use super::ranks;
 use super::training::{self, Trained};
 use crate::settings::choices::{Label, Layers, TargetModules};
 use crate::settings::{self, DEFAULT_RECIPE, Flags, Settings, Source};
@@ -161,7 +162,9 @@ impl Inputs {
             held_out: data::labelled(&data.held_out, &labels)?,
             data,
         };
-        inputs.write(&with_portions(s, portions), opened)?;
+        if ranks::other_rank().is_none() {
+            inputs.write(&with_portions(s, portions), opened)?;
+        }
         Ok(inputs)
     }
 
@@ -210,6 +213,7 @@ impl Inputs {
         let parts = (&self.train[..], &self.validation[..]);
         match training::train(backend, model, &opened.format, s, parts, &self.run_dir, begin)? {
             Some(trained) => Ok(trained),
+            None if ranks::other_rank().is_some() => Err(exit::Interrupted.into()),
             None => {
                 output::note(format!("stopped; a checkpoint is saved. To go on: {command}"));
                 Err(exit::Interrupted.into())

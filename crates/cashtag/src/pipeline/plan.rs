@@ -287,6 +287,7 @@ fn trainer<'a>(
         fingerprint: String::new(),
         resume: false,
         loss_scale: None,
+        group: None,
     })
 }
 

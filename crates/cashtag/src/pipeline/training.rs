@@ -19,6 +19,7 @@ use cashtag_train::{
 };
 
 use super::engine::{Classifier, LabelledText};
+use super::ranks;
 use crate::progress::{Progress, Unit};
 use crate::settings::{self, GradientCheckpointing, LrSchedulerType, Optim, Resume, Settings, Strategy};
 use crate::{exit, output};
@@ -79,6 +80,7 @@ pub(crate) fn arguments(s: &Settings) -> TrainingArguments {
         neftune_noise_alpha: t.neftune_noise_alpha as f32,
         loraplus_lr_ratio: s.lora.loraplus_lr_ratio as f32,
         seed: t.seed,
+        world_size: 1,
     }
 }
 
@@ -157,7 +159,9 @@ pub(crate) fn train<B: Backend>(
     begin: Option<(LoraConfig, LoraTensors)>,
 ) -> anyhow::Result<Option<Trained<B>>> {
     let (train, validation) = parts;
-    let arguments = arguments(s);
+    let mut arguments = arguments(s);
+    arguments.world_size = ranks::world()?.map_or(1, |w| w.size);
+    let main = ranks::other_rank().is_none();
     let (config, tensors) = match begin {
         Some(begin) => begin,
         None => {
@@ -174,12 +178,13 @@ pub(crate) fn train<B: Backend>(
         Resume::Auto => (true, run_dir.to_owned()),
         Resume::From(path) => (true, path.parent().unwrap_or(run_dir).to_owned()),
     };
-    if !resume && !cashtag_train::checkpoint::list(run_dir).is_empty() {
+    if main && !resume && !cashtag_train::checkpoint::list(run_dir).is_empty() {
         anyhow::bail!(exit::Usage(format!(
             "{} already holds checkpoints of a run\n  hint: --resume auto goes on with it; another --output-dir begins anew",
             run_dir.display()
         )));
     }
+    let fingerprint = fingerprint(s, train, format, &arguments);
     let mut trainer = Trainer {
         backend,
         model,
@@ -187,7 +192,8 @@ pub(crate) fn train<B: Backend>(
         train: tokenize(s, format, train)?,
         eval: tokenize(s, format, validation)?,
         prefix: format.prefix().to_vec(),
-        fingerprint: fingerprint(s, train, format, &arguments),
+        group: ranks::join(&fingerprint)?,
+        fingerprint,
         arguments,
         checkpointing: match s.training.gradient_checkpointing {
             GradientCheckpointing::Block => Checkpointing::Block,
@@ -201,6 +207,17 @@ pub(crate) fn train<B: Backend>(
     };
     let _clean = exit::clean_stop();
     let total = trainer.arguments.total_steps(trainer.train.len());
+    if !main {
+        let outcome = trainer.run(&mut Others)?;
+        let finished = outcome.reason != EndReason::Interrupted;
+        return Ok(finished.then_some(Trained {
+            lora: trainer.lora,
+            outcome,
+            history: Vec::new(),
+            examples: 0,
+            rows: 0,
+        }));
+    }
     let wants_metrics = s.training.metric_for_best_model != settings::Metric::EvalLoss;
     let mut watch = Watch {
         backend,
@@ -239,6 +256,17 @@ pub(crate) fn train<B: Backend>(
         ));
     }
     Ok(Some(Trained { lora: trainer.lora, outcome, history, examples, rows }))
+}
+
+/// Watches on a rank that is not the main one: all is said and written there.
+struct Others;
+
+impl<B: Backend> Observer<B> for Others {
+    fn warn(&mut self, _message: &str) {}
+
+    fn should_stop(&mut self) -> bool {
+        exit::stop_requested()
+    }
 }
 
 /// Changes when anything changes that a continued run must share with the run that it continues.

@@ -12,6 +12,7 @@ mod live;
 mod model_commands;
 mod page;
 mod pull;
+mod ranks;
 mod serve;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
 mod server;

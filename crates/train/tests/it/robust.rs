@@ -231,6 +231,7 @@ fn the_trainer_s_own_time() {
         fingerprint: String::new(),
         resume: false,
         loss_scale: None,
+        group: None,
     };
     let (outcome, _) = support::run(&mut trainer, Watch::default());
     let share = outcome.own_seconds / outcome.seconds;
