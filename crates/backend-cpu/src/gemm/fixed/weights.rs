@@ -148,11 +148,11 @@ impl FixedWeight {
 
 simd! {
     /// Up to NR rows of W into a panel; returns the largest norm of a column for each block of k.
-    fn quantise_panel(wide: &[f32], inner: usize, panel: &mut [u32], scales: &mut [f32]) -> Vec<f32> {
+    fn quantise_panel(w: &[f32], inner: usize, panel: &mut [u32], scales: &mut [f32]) -> Vec<f32> {
         let blocks = Blocks::of(inner);
         let mut norms = vec![0f32; blocks.count()];
         panel.fill(0);
-        for (j, (row, scale)) in wide.chunks_exact(inner).zip(scales).enumerate() {
+        for (j, (row, scale)) in w.chunks_exact(inner).zip(scales).enumerate() {
             let max = row.iter().fold(0u32, |m, x| m.max(x.to_bits() & 0x7fff_ffff));
             let max = f32::from_bits(max);
             if !max.is_finite() {
