@@ -13,6 +13,8 @@
 //! - **No sum overflows.** By Cauchy and Schwarz a sum is at most the norm of a block of a row times the norm of that block of a
 //!   column. The largest norm of all columns is known from the weights; a row's scale is chosen so that the product of
 //!   the two stays below 2³¹.
+//! - **An element that is much larger than the others** of its row makes the steps of all coarse. Then what rounding left is
+//!   quantised too, in steps of 1/1024 of the first ones, and multiplied in a second pass over that group of rows.
 //! - **What is not finite stays so.** A row with a NaN or an infinity gets NaN for its scale, so all of its results are NaN.
 //! - Sums are exact, and the few operations in f32 are done in one order: the scalar twin of the kernel gives the same bits.
 //! - The backward product `dy·W` reads the same integers, transposed: there the scales of the output features run along k and
@@ -126,19 +128,21 @@ unsafe fn gemm_by(
             let blocks = a.blocks.count();
             for block in 0..blocks {
                 let (c, range) = (&c, a.blocks.range(block));
+                let panel = b.panel(p)[range.start * NR..range.end * NR].as_ptr();
                 for (group, sums) in groups.clone().zip(&mut sums) {
                     let at = group * MR * c.stride + p * NR;
+                    let rest = a.rest(group, block);
                     // SAFETY: group and panel are inside the operands, the scales of a panel inside theirs (asserted); C by the
                     // caller's contract, and no other task has this group and panel.
                     unsafe {
-                        tile(&Tile {
+                        let whole = Tile {
                             a: a.block(group, block).as_ptr(),
-                            b: b.panel(p)[range.start * NR..range.end * NR].as_ptr(),
+                            b: panel,
                             words: range.len(),
                             row_scales: a.scales(group, block).as_ptr(),
                             column_scales: column_scales.map_or(&ONES[..], |s| &s[p * NR..]).as_ptr(),
                             sums: sums.as_mut_ptr(),
-                            first: block == 0,
+                            first: block == 0 && rest.is_none(),
                             last: block + 1 == blocks,
                             c: match c.out {
                                 TileOut::F32(c) => TileOut::F32(c.add(at)),
@@ -148,7 +152,12 @@ unsafe fn gemm_by(
                             rows: (a.rows - group * MR).min(MR),
                             cols: (b.n - p * NR).min(NR),
                             accumulate,
-                        });
+                        };
+                        if let Some((words, scales)) = rest {
+                            let (a, row_scales) = (words.as_ptr(), scales.as_ptr());
+                            tile(&Tile { a, row_scales, first: block == 0, last: false, ..whole });
+                        }
+                        tile(&whole);
                     }
                 }
             }

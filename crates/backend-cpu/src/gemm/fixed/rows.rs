@@ -12,6 +12,10 @@ const LARGEST: f32 = 32767.0;
 const SUM: f32 = 2_147_483_648.0 * 0.999;
 /// Adding it to a float below 2²² rounds to the nearest integer, whose two's complement is then in the low bits.
 pub(super) const MAGIC: f32 = 12_582_912.0; // 1.5 · 2²³
+/// What is left by rounding is kept in so many steps of its own where the first ones are coarse.
+const STEPS: f32 = 1024.0;
+/// Units of the root mean square of a block of a row below which its steps are coarse: an error of 7e-4.
+const COARSE: f32 = 400.0;
 /// Scales stay below it, so that one over them is not zero.
 pub(super) const LARGEST_SCALE: f32 = 1e30;
 
@@ -20,6 +24,10 @@ pub(crate) struct Rows<'a> {
     words: &'a [u32],
     /// `[group][block][i]`.
     scales: &'a [f32],
+    /// What rounding left of rows with steps that are coarse, in the same places; and its scales, 0 where there is none of it. Of
+    /// a group without any, the words are not written.
+    rest: &'a [u32],
+    rest_scales: &'a [f32],
     pub(super) rows: usize,
     pub(super) blocks: Blocks,
 }
@@ -33,12 +41,21 @@ impl Rows<'_> {
     pub(super) fn scales(&self, group: usize, block: usize) -> &[f32] {
         &self.scales[(group * self.blocks.count() + block) * MR..][..MR]
     }
+
+    /// Words and scales of what rounding left, if any row of the group has that.
+    pub(super) fn rest(&self, group: usize, block: usize) -> Option<(&[u32], &[f32])> {
+        let scales = &self.rest_scales[(group * self.blocks.count() + block) * MR..][..MR];
+        let range = self.blocks.range(block);
+        let words =
+            &self.rest[(group * self.blocks.words + range.start) * MR..(group * self.blocks.words + range.end) * MR];
+        scales.iter().any(|s| *s != 0.0).then_some((words, scales))
+    }
 }
 
 /// Words that [`quantise`] needs.
 pub(crate) fn row_words(rows: usize, k: usize) -> usize {
     let blocks = Blocks::of(k);
-    rows.next_multiple_of(MR) * (blocks.words + blocks.count())
+    rows.next_multiple_of(MR) * (blocks.words + blocks.count()) * 2
 }
 
 /// Quantises `x`, after its columns were multiplied by `factors` (those of even columns, those of odd ones). `norms` are the
@@ -56,30 +73,43 @@ pub(crate) fn quantise<'a>(
     if scratch.len() < needed {
         scratch.resize(needed, 0);
     }
-    let (words, scales) = scratch[..needed].split_at_mut(x.rows.next_multiple_of(MR) * blocks.words);
+    let (words, scales) = scratch[..needed].split_at_mut(2 * x.rows.next_multiple_of(MR) * blocks.words);
+    let (words, rest) = words.split_at_mut(words.len() / 2);
     let scales: &mut [f32] = bytemuck::cast_slice_mut(scales);
+    let (scales, rest_scales) = scales.split_at_mut(scales.len() / 2);
     if blocks.words > 0 {
-        let groups = words.par_chunks_mut(blocks.words * MR).zip(scales.par_chunks_mut(blocks.count() * MR));
-        groups.enumerate().with_min_len(4).for_each(|(group, (words, scales))| {
-            let mut lines = [[0u32; BLOCK_WORDS]; MR];
-            for (block, scales) in scales.chunks_exact_mut(MR).enumerate() {
+        let (of_words, of_scales) = (blocks.words * MR, blocks.count() * MR);
+        let groups = words.par_chunks_mut(of_words).zip(scales.par_chunks_mut(of_scales));
+        let rests = rest.par_chunks_mut(of_words).zip(rest_scales.par_chunks_mut(of_scales));
+        groups.zip(rests).enumerate().with_min_len(4).for_each(|(group, ((words, scales), (rest, rest_scales)))| {
+            let mut lines = [[[0u32; BLOCK_WORDS]; MR]; 2];
+            for (block, (scales, rest_scales)) in
+                scales.chunks_exact_mut(MR).zip(rest_scales.chunks_exact_mut(MR)).enumerate()
+            {
                 let range = blocks.range(block);
-                for (i, (line, scale)) in lines.iter_mut().zip(scales).enumerate() {
-                    let (row, line) = (group * MR + i, &mut line[..range.len()]);
-                    *scale = if row < x.rows {
+                let [wholes, rests] = &mut lines;
+                for (i, (whole, left)) in wholes.iter_mut().zip(rests.iter_mut()).enumerate() {
+                    let (row, whole, left) = (group * MR + i, &mut whole[..range.len()], &mut left[..range.len()]);
+                    (scales[i], rest_scales[i]) = if row < x.rows {
                         let factors = factors.map(|f| f.map(|f| &f[range.clone()]));
                         let end = (2 * range.end).min(x.cols);
-                        quantise_line(&x.row(row)[2 * range.start..end], factors, norms[block], line)
+                        quantise_line(&x.row(row)[2 * range.start..end], factors, norms[block], [whole, left])
                     } else {
-                        line.fill(0);
-                        0.0
+                        whole.fill(0);
+                        (0.0, 0.0)
                     };
+                    if rest_scales[i] == 0.0 {
+                        left.fill(0);
+                    }
                 }
-                interleave(&lines, &mut words[range.start * MR..range.end * MR]);
+                interleave(wholes, &mut words[range.start * MR..range.end * MR]);
+                if rest_scales.iter().any(|s| *s != 0.0) {
+                    interleave(rests, &mut rest[range.start * MR..range.end * MR]);
+                }
             }
         });
     }
-    Rows { words, scales, rows: x.rows, blocks }
+    Rows { words, scales, rest, rest_scales, rows: x.rows, blocks }
 }
 
 simd! {
@@ -92,12 +122,12 @@ simd! {
     }
 }
 
-/// One block of one row; returns its scale.
-fn quantise_line(x: &[Bf16], factors: Option<[&[f32]; 2]>, norm: f32, line: &mut [u32]) -> f32 {
+/// One block of one row: the integers, and what rounding left of them if that is much; returns the scales of both.
+fn quantise_line(x: &[Bf16], factors: Option<[&[f32]; 2]>, norm: f32, lines: [&mut [u32]; 2]) -> (f32, f32) {
     // A last element without a neighbour is one word with a zero.
     let (whole, rest) = bytemuck::cast_slice::<Bf16, [u8; 2]>(x).as_chunks::<2>();
     let last = rest.first().map(|&[low, high]| [[low, high], [0, 0]]);
-    let (line, end) = line.split_at_mut(whole.len());
+    let [(line, end), (left, left_end)] = lines.map(|l| l.split_at_mut(whole.len()));
     let at = whole.len();
     let (head, tail) = match factors {
         Some([low, high]) => (Some([&low[..at], &high[..at]]), Some([&low[at..], &high[at..]])),
@@ -110,9 +140,15 @@ fn quantise_line(x: &[Bf16], factors: Option<[&[f32]; 2]>, norm: f32, line: &mut
         (max, squares) = (max.max(m), squares + s);
     }
     let (up, down) = row_scale(max, squares, x.len(), norm);
+    // The squares are within the range of f32 wherever this matters.
+    if up > 0.0 && up * (squares / x.len() as f32).sqrt() < COARSE {
+        round_twice(whole, head, up, line, left);
+        round_twice(last, tail, up, end, left_end);
+        return (down, down / STEPS);
+    }
     round(whole, head, up, line);
     round(last, tail, up, end);
-    down
+    (down, 0.0)
 }
 
 /// The factor that makes integers of a row, and the one that undoes it, from the bits of its largest magnitude, its sum of squares
@@ -181,6 +217,37 @@ simd! {
 #[inline(always)]
 fn pair(low: f32, high: f32, up: f32) -> u32 {
     ((low * up + MAGIC).to_bits() & 0xffff) | (high * up + MAGIC).to_bits() << 16
+}
+
+/// An integer in the low bits, and what is left of `x` in steps of 1/[`STEPS`], likewise.
+#[inline(always)]
+fn twice(x: f32) -> [u32; 2] {
+    let moved = x + MAGIC;
+    [moved.to_bits(), ((x - (moved - MAGIC)) * STEPS + MAGIC).to_bits()]
+}
+
+#[inline(always)]
+fn pairs(low: f32, high: f32) -> [u32; 2] {
+    let (low, high) = (twice(low), twice(high));
+    [0, 1].map(|i| (low[i] & 0xffff) | high[i] << 16)
+}
+
+simd! {
+    fn round_twice(x: &[[[u8; 2]; 2]], factors: Option<[&[f32]; 2]>, up: f32, out: &mut [u32], left: &mut [u32]) {
+        let out = out.iter_mut().zip(left);
+        match factors {
+            None => {
+                for ((out, left), &x) in out.zip(x) {
+                    [*out, *left] = pairs(low(x) * up, high(x) * up);
+                }
+            }
+            Some([l, h]) => {
+                for ((((out, left), &x), l), h) in out.zip(x).zip(l).zip(h) {
+                    [*out, *left] = pairs(low(x) * l * up, high(x) * h * up);
+                }
+            }
+        }
+    }
 }
 
 simd! {
