@@ -174,7 +174,7 @@ impl Forecast {
 /// # Errors
 /// Settings, data or adapter that the run itself would refuse.
 pub(crate) fn plan(s: &Settings, opened: &Opened, parts: Parts<'_>, rules: DryRules) -> anyhow::Result<Plan> {
-    let Opened { checkpoint, format, adapter } = opened;
+    let Opened { checkpoint, format, adapter, .. } = opened;
     let backend = DryBackend::new(rules);
     let arguments = training::arguments(s);
     let budget = s.training.max_tokens_per_batch;
