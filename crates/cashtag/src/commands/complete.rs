@@ -93,7 +93,14 @@ fn standard_input() -> anyhow::Result<String> {
     if bytes.len() as u64 > MAX_PROMPT {
         bail!("standard input is longer than {MAX_PROMPT} bytes\n  hint: --in FILE takes many prompts");
     }
-    String::from_utf8(bytes).map_err(|_| anyhow!("standard input is not UTF-8"))
+    let mut text = String::from_utf8(bytes).map_err(|_| {
+        anyhow!("standard input is not UTF-8\n  hint: convert it, for example with iconv -f latin1 -t utf-8")
+    })?;
+    // The line break that ends a file or an `echo` is no part of what is asked.
+    if text.ends_with('\n') {
+        text.truncate(text.len() - if text.ends_with("\r\n") { 2 } else { 1 });
+    }
+    Ok(text)
 }
 
 enum Work {

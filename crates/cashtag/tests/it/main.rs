@@ -11,6 +11,7 @@ mod labels;
 mod live;
 mod model_commands;
 mod page;
+mod plan;
 mod pull;
 mod serve;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
