@@ -1,12 +1,15 @@
 //! Each argument does what its name says in Transformers, PEFT and TRL: a test each that fails if it did nothing.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use cashtag_backend::Backend;
 use cashtag_backend_cpu::{CpuBackend, Precision};
+use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::lora::{Lora, LoraConfig, LoraTensors, Module};
 use cashtag_llama::model::{Checkpointing, Purpose, TrainPass};
 use cashtag_llama::packing::{TokenizedExample, TrainOn, pack};
+use cashtag_llama::prompt::{Label, PromptFormat, TooLong};
 use cashtag_train::schedule::learning_rate;
 use cashtag_train::{
     EndReason, Optimizer, OptimizerState, SaveStrategy, SchedulerType, TrainOutcome, TrainingArguments, Values,
@@ -350,6 +353,35 @@ fn recomputed_blocks_take_less_memory() {
     let (all, block) = (bytes(Checkpointing::None), bytes(Checkpointing::Block));
     println!("{all} bytes, {block} with recomputed blocks");
     assert!(block * 20 < all * 19, "{block} of {all}");
+}
+
+/// `max_seq_length` by choice: the end of the text is cut off, or it is an error. Markup and answer stay whole.
+#[test]
+fn long_texts_lose_their_end_and_never_their_answer() {
+    let checkpoint = Checkpoint::open(&support::model_path()).unwrap();
+    let format = |max_seq_length, too_long| {
+        let labels = ["Positive", "Neutral", "Negative"].map(Label::new).to_vec();
+        let (tokenizer, template) = (Arc::new(checkpoint.tokenizer().unwrap()), checkpoint.chat_template().unwrap());
+        PromptFormat::new(tokenizer, template, Some("Mood?".into()), labels, max_seq_length, too_long).unwrap()
+    };
+    let long = "margins finally turning, long from here. ".repeat(60);
+    for most in [48, 200] {
+        let (cutting, strict) = (format(most, TooLong::Truncate), format(most, TooLong::Error));
+        for label in 0..3 {
+            let short = cutting.example("margins finally", label, 1.0).unwrap();
+            assert_eq!(strict.example("margins finally", label, 1.0).unwrap(), short);
+            let cut = cutting.example(&long, label, 1.0).unwrap();
+            assert!(cut.tokens.len() <= most && cut.tokens.len() + 6 > most, "{} of {most}", cut.tokens.len());
+            assert_eq!(cut.tokens[cut.answer_start..], short.tokens[short.answer_start..]);
+            // The end of the user's turn and the beginning of the answer's.
+            assert_eq!(
+                cut.tokens[cut.answer_start - 4..cut.answer_start],
+                short.tokens[short.answer_start - 4..short.answer_start]
+            );
+            let error = strict.example(&long, label, 1.0).unwrap_err().to_string();
+            assert!(error.contains("hint: raise max_seq_length, or truncate"), "{error}");
+        }
+    }
 }
 
 /// Loss and flat gradient of one batch.
