@@ -192,13 +192,18 @@ fn one<B: Backend>(
         }
     }
     let seconds = started.elapsed().as_secs_f64();
+    if json {
+        output::data(&(Value::from(answer.object()).to_string() + "\n"))?;
+    } else {
+        print_piece("\n")?;
+    }
     output::detail(format!(
         "{} tokens read, {} written, {:.1} tokens/s",
         answer.prompt_tokens,
         answer.completion_tokens,
         answer.completion_tokens as f64 / seconds
     ));
-    if json { output::data(&(Value::from(answer.object()).to_string() + "\n")) } else { print_piece("\n") }
+    Ok(())
 }
 
 fn many<B: Backend>(
@@ -262,7 +267,9 @@ impl Prompt {
     }
 
     fn from_json(line: &str) -> anyhow::Result<Self> {
-        let fields: Map<String, Value> = serde_json::from_str(line)?;
+        let fields: Map<String, Value> = serde_json::from_str(line).map_err(|e| {
+            anyhow!("{e}\n  hint: each line of a .jsonl file is one object, such as {{\"prompt\": \"…\"}}")
+        })?;
         let said = match (fields.get("prompt"), fields.get("messages")) {
             (Some(Value::String(text)), None) => Said::Text(text.clone()),
             (None, Some(messages)) => {
