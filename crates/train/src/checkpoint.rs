@@ -76,8 +76,13 @@ pub fn save(
         }
         let text = serde_json::to_string(position).map_err(|e| Error::Invalid(e.to_string()))?;
         let metadata = HashMap::from([("position".to_string(), text)]);
-        let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::Invalid(e.to_string()))?;
-        write_atomically(&temporary.join(STATE_FILE), &bytes)?;
+        // Tensor by tensor: all of them once more in one piece would be the largest thing that a run on a CPU holds.
+        let file = temporary.join(STATE_FILE);
+        safetensors::serialize_to_file(views, Some(metadata), &file).map_err(|e| match e {
+            safetensors::SafeTensorError::IoError(source) => Error::Write { path: file.clone(), source },
+            other => Error::Invalid(other.to_string()),
+        })?;
+        fs::File::open(&file).and_then(|f| f.sync_all()).map_err(write_error(&file))?;
         let text = serde_json::to_string_pretty(&position.state.to_json(arguments))
             .map_err(|e| Error::Invalid(e.to_string()))?;
         write_atomically(&temporary.join(TRAINER_STATE_FILE), (text + "\n").as_bytes())?;
