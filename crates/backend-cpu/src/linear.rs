@@ -119,6 +119,8 @@ pub(crate) fn scratch_bytes(bf16: bool, product: Product) -> u64 {
         }
         Product::Matmul { m, n, k, transposed_a: false } => panel_words(k, n) + odd_words(m, k),
         Product::Matmul { m, n, k, transposed_a: true } => panel_words(k, n) + k.div_ceil(2) * m,
+        // A few rows for each thread, which are given back.
+        Product::RowNorms { .. } => 0,
     };
     4 * words as u64
 }

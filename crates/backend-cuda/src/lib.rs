@@ -7,12 +7,14 @@
 //! Invariants:
 //!
 //! - Everything runs on one stream in the order of the calls. Only [`download`](Backend::download),
-//!   [`synchronize`](Backend::synchronize) and [`sum_of_squares`](Backend::sum_of_squares) wait for the card.
+//!   [`synchronize`](Backend::synchronize), [`sum_of_squares`](Backend::sum_of_squares) and
+//!   [`adapted_row_norms`](Backend::adapted_row_norms) wait for the card.
 //! - No atomics: every sum has a fixed order, so the same inputs give the same bits on the same card.
 //! - Compute dtypes bf16 (from sm_80), f16 and f32. Products sum in f32; norms, softmax and losses are f32.
 
 mod attention;
 mod collective;
+mod dora;
 mod driver;
 mod fused;
 mod gemm;
@@ -548,5 +550,35 @@ impl Backend for CudaBackend {
         compute: &mut CudaBuffer,
     ) -> Result<()> {
         self.core.adamw_8bit(hyper, parameter, gradient, &moments, compute)
+    }
+
+    fn has_dora(&self) -> bool {
+        true
+    }
+
+    fn scale_columns(&self, scale: &CudaBuffer, offset: usize, x: MatMut<'_, CudaBuffer>) -> Result<()> {
+        self.core.scale_columns(scale, offset, of_mut(&x))
+    }
+
+    fn column_dots(
+        &self,
+        a: Mat<'_, CudaBuffer>,
+        b: Mat<'_, CudaBuffer>,
+        scale: &CudaBuffer,
+        offset: usize,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        self.core.column_dots(of(a), of(b), scale, offset, out)
+    }
+
+    fn adapted_row_norms(
+        &self,
+        w: &CudaWeight,
+        first: usize,
+        scale: f32,
+        a: Mat<'_, CudaBuffer>,
+        b: Mat<'_, CudaBuffer>,
+    ) -> Result<Vec<f32>> {
+        self.core.adapted_row_norms(w, first, scale, of(a), of(b))
     }
 }

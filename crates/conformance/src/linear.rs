@@ -30,13 +30,13 @@ const LEVELS: [f32; 16] = [
 
 /// What a source offers beside rows of f32.
 #[derive(Clone, Copy, Debug)]
-enum Offer {
+pub(crate) enum Offer {
     Rows,
     F32,
     Nf4,
 }
 
-struct Source {
+pub(crate) struct Source {
     rows: usize,
     cols: usize,
     values: Vec<f32>,
@@ -69,7 +69,12 @@ impl WeightSource for Source {
     }
 }
 
-fn source<A: Backend, B: Backend>(h: &mut Harness<'_, A, B>, rows: usize, cols: usize, offer: Offer) -> Source {
+pub(crate) fn source<A: Backend, B: Backend>(
+    h: &mut Harness<'_, A, B>,
+    rows: usize,
+    cols: usize,
+    offer: Offer,
+) -> Source {
     let n = rows * cols;
     let mut codes: Vec<u8> = (0..n).map(|_| h.random.up_to(15) as u8).collect();
     for block in codes.chunks_mut(64) {

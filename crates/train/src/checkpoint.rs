@@ -47,8 +47,7 @@ fn bytes_of(values: &[f32]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
-/// The safetensors file of a state.
-pub(crate) fn to_bytes(position: &Position, optimizer: &OptimizerState) -> Result<Vec<u8>> {
+fn views(optimizer: &OptimizerState) -> Result<Vec<(String, TensorView<'_>)>> {
     let mut views = Vec::new();
     for (name, values) in &optimizer.tensors {
         let (dtype, len, bytes) = match values {
@@ -58,9 +57,17 @@ pub(crate) fn to_bytes(position: &Position, optimizer: &OptimizerState) -> Resul
         let view = TensorView::new(dtype, vec![len], bytes).map_err(|e| Error::Invalid(e.to_string()))?;
         views.push((name.clone(), view));
     }
+    Ok(views)
+}
+
+fn metadata(position: &Position) -> Result<HashMap<String, String>> {
     let text = serde_json::to_string(position).map_err(|e| Error::Invalid(e.to_string()))?;
-    let metadata = HashMap::from([("position".to_string(), text)]);
-    safetensors::serialize(views, Some(metadata)).map_err(|e| Error::Invalid(e.to_string()))
+    Ok(HashMap::from([("position".to_string(), text)]))
+}
+
+/// The safetensors file of a state.
+pub(crate) fn to_bytes(position: &Position, optimizer: &OptimizerState) -> Result<Vec<u8>> {
+    safetensors::serialize(views(optimizer)?, Some(metadata(position)?)).map_err(|e| Error::Invalid(e.to_string()))
 }
 
 /// Reads [`to_bytes`] back; what is wrong with them, if something is.
@@ -107,7 +114,13 @@ pub fn save(
     let write = || -> Result<()> {
         fs::create_dir_all(&temporary).map_err(write_error(&temporary))?;
         adapter.save(&temporary, model)?;
-        write_atomically(&temporary.join(STATE_FILE), &to_bytes(position, optimizer)?)?;
+        // Tensor by tensor: all of them once more in one piece would be the largest thing that a run on a CPU holds.
+        let file = temporary.join(STATE_FILE);
+        safetensors::serialize_to_file(views(optimizer)?, Some(metadata(position)?), &file).map_err(|e| match e {
+            safetensors::SafeTensorError::IoError(source) => Error::Write { path: file.clone(), source },
+            other => Error::Invalid(other.to_string()),
+        })?;
+        fs::File::open(&file).and_then(|f| f.sync_all()).map_err(write_error(&file))?;
         let text = serde_json::to_string_pretty(&position.state.to_json(arguments))
             .map_err(|e| Error::Invalid(e.to_string()))?;
         write_atomically(&temporary.join(TRAINER_STATE_FILE), (text + "\n").as_bytes())?;

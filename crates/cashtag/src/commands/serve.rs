@@ -13,7 +13,7 @@ use cashtag_http::keys::{append, generate};
 use cashtag_http::log::{Format, Level};
 use cashtag_http::metrics::Registry;
 use cashtag_http::{Config, Guard, Keys, Limits, Listen, Log, Role, Server, TlsFiles};
-use cashtag_llama::adapter::Adapter;
+use cashtag_llama::adapter::{Adapter, ClassifierConfig};
 use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::prompt::Label;
 use cashtag_serve::routes::{Service, Tickers, error_shape};
@@ -24,7 +24,7 @@ use serde_json::json;
 use crate::exit::{self, Usage};
 use crate::output;
 use crate::pipeline::device::{self, Job};
-use crate::pipeline::engine;
+use crate::pipeline::engine::{self, OpenedModel};
 use crate::settings::{Flags, Inference, Settings};
 
 #[derive(clap::Args)]
@@ -252,7 +252,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let mut settings = settings.resolve()?;
     let named = settings.is_set("model.name");
     engine::follow_base_model(&mut settings, named);
-    let (checkpoint, adapter) = engine::open_model(&settings)?;
+    let OpenedModel { checkpoint, adapter, trained } = engine::open_model(&settings)?;
+    // An adapter's own is with the adapter; the base model beside it is asked as the settings say.
+    let trained = trained.filter(|_| adapter.is_none());
     let (name, adapters) = names(&settings, served_model_name, adapter, &lora_modules, &checkpoint)?;
     let level = match (output::is_quiet(), output::is_verbose()) {
         (true, _) => Level::Error,
@@ -284,7 +286,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         .name("engine".into())
         .spawn(move || {
             let settings_of_device = settings.clone();
-            device::run(&settings_of_device, Serve { settings, worker, checkpoint, name, adapters })
+            device::run(&settings_of_device, Serve { settings, worker, checkpoint, trained, name, adapters })
         })
         .context("no thread for the engine")?;
     let (watched, watching) = (engine.clone(), log.clone());
@@ -385,6 +387,7 @@ struct Serve {
     settings: Settings,
     worker: Worker,
     checkpoint: Checkpoint,
+    trained: Option<ClassifierConfig>,
     name: String,
     adapters: Vec<Named>,
 }
@@ -393,7 +396,7 @@ impl Job for Serve {
     type Output = ();
 
     fn run<B: Backend>(self, backend: B) -> anyhow::Result<()> {
-        let Serve { settings, worker, checkpoint, name, adapters } = self;
+        let Serve { settings, worker, checkpoint, trained, name, adapters } = self;
         let model = engine::load(&backend, &checkpoint)?;
         let d = &settings.data;
         let prompting = Prompting {
@@ -402,6 +405,6 @@ impl Job for Serve {
             max_seq_length: d.max_seq_length,
             overrides: ["data.system_message", "data.labels", "data.max_seq_length"].map(|id| settings.is_set(id)),
         };
-        Ok(worker.run(backend, Parts { model, checkpoint, name, prompting, adapters })?)
+        Ok(worker.run(backend, Parts { model, checkpoint, trained, name, prompting, adapters })?)
     }
 }

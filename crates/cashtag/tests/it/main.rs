@@ -11,6 +11,7 @@ mod labels;
 mod live;
 mod model_commands;
 mod page;
+mod plan;
 mod pull;
 mod ranks;
 mod serve;
