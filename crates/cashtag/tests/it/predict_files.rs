@@ -11,7 +11,7 @@ use super::context::{Context, files};
 use super::serving::{PATIENCE, ended};
 use super::tiny;
 
-const ROWS: usize = 4000;
+const ROWS: usize = 1000;
 const KILLS: u64 = 3;
 /// Bytes of the journal for a row: three probabilities and a tag.
 const RECORD: u64 = 13;
