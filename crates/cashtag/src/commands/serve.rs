@@ -129,6 +129,9 @@ struct ListenFlags {
     /// Connections at a time
     #[arg(long, default_value_t = 1024, value_name = "N", value_parser = at_least_one, help_heading = "HTTP")]
     max_connections: usize,
+    /// Seconds for a head or a body to come, and for a client to take the next bytes of its answer
+    #[arg(long, default_value_t = 30.0, value_name = "SECONDS", value_parser = seconds, help_heading = "HTTP")]
+    io_timeout: f64,
     /// Seconds that requests have to end after SIGTERM
     #[arg(long, default_value_t = 30.0, value_name = "SECONDS", value_parser = seconds, help_heading = "HTTP")]
     drain_timeout: f64,
@@ -201,6 +204,7 @@ impl ListenFlags {
 
     fn config(self, log: Log, metrics: Registry) -> anyhow::Result<Config> {
         let keys = self.keys()?;
+        let patience = Duration::from_secs_f64(self.io_timeout);
         Ok(Config {
             listen: Listen { host: self.host, port: self.port, allow_no_key: self.allow_no_key },
             tls: self.tls_cert.zip(self.tls_key).map(|(certificate, key)| TlsFiles { certificate, key }),
@@ -214,6 +218,9 @@ impl ListenFlags {
             limits: Limits {
                 connections: self.max_connections,
                 body_bytes: self.payload_limit,
+                head: patience,
+                body: patience,
+                write: patience,
                 drain: Duration::from_secs_f64(self.drain_timeout),
                 ..Limits::default()
             },
