@@ -143,7 +143,7 @@ impl Backend for CpuBackend {
         // GFLOP/s of a thread.
         let rate = match (self.precision, simd::isa()) {
             (Precision::Bf16, Isa::Avx512) => 125.0,
-            (Precision::Bf16, Isa::Avx2) => 110.0,
+            (Precision::Bf16, Isa::Avx2) => 75.0,
             (Precision::Bf16, Isa::Plain) => 2.0,
             (Precision::F32, Isa::Avx512 | Isa::Avx2) => 45.0,
             (Precision::F32, Isa::Plain) => 10.0,
