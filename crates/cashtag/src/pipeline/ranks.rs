@@ -48,8 +48,8 @@ pub(crate) fn other_rank() -> Option<usize> {
 pub(crate) fn join(job: &str) -> anyhow::Result<Option<Group>> {
     let Some(world) = world()? else { return Ok(None) };
     let abandon = |error: &cashtag_train::Error| {
-        let code = exit::report(&anyhow::anyhow!("{error}"));
-        std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));
+        exit::report(&anyhow::anyhow!("{error}"));
+        std::process::exit(1);
     };
     Ok(Some(Group::join(world, job, abandon)?))
 }
@@ -113,10 +113,9 @@ impl Ranks {
                     None => running += 1,
                     Some(status) if !status.success() && failed.is_none() => {
                         failed = Some((rank, Instant::now()));
-                        if exit::stop_requested() {
-                            continue;
+                        if !exit::stop_requested() {
+                            output::warn(format!("rank {rank} failed ({status}); waiting for the others to end"));
                         }
-                        output::warn(format!("rank {rank} failed ({status}); waiting for the others to end"));
                     }
                     Some(_) => {}
                 }
