@@ -73,9 +73,12 @@ pub(crate) fn launch(gpus: &Gpus) -> anyhow::Result<bool> {
     }
     let found = probe();
     if n == 0 || n > found.gpus.len() {
-        let missing = found.missing().map(|m| format!(" ({m})")).unwrap_or_default();
+        let missing = found.missing().unwrap_or_default();
+        let (what, hint) = missing.split_once("\n  hint: ").unwrap_or((&missing, ""));
+        let what = if what.is_empty() { String::new() } else { format!(": {what}") };
+        let hint = if hint.is_empty() { String::new() } else { format!("{hint}; or ") };
         anyhow::bail!(Usage(format!(
-            "--gpus {n}: this machine has {} that can be used{missing}\n  hint: leave it out to train on one device",
+            "--gpus {n}: this machine has {} that can be used{what}\n  hint: {hint}leave it out to train on one device",
             found.gpus.len()
         )));
     }
