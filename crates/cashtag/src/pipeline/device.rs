@@ -67,7 +67,8 @@ pub(crate) fn cuda_options(settings: &Settings, compute: Dtype) -> Options {
     // A GGUF file is 4-bit already: quantising its values again would only lose some.
     let is_gguf = settings.model.name == hub::EMBEDDED || settings.model.name.ends_with(".gguf");
     let quantize = !is_gguf || settings.model.resident == settings::Resident::Nf4;
-    Options { compute, quantize, resident, ..Options::default() }
+    let double_quant = settings.model.bnb_4bit_use_double_quant;
+    Options { compute, quantize, double_quant, resident, ..Options::default() }
 }
 
 fn cpu(settings: &Settings) -> anyhow::Result<CpuBackend> {
