@@ -15,13 +15,12 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::{AWords, COut, NR, Panels, TileOut};
-use crate::simd::Element;
+use super::avx2_store::{WIDTH as HALF, store};
+use super::{AWords, COut, NR, Panels};
 
 /// Rows of a tile.
 const MR: usize = 6;
-/// Columns of a tile: half of a panel.
-const HALF: usize = NR / 2;
+const _: () = assert!(2 * HALF == NR, "a tile has half of a panel's columns");
 /// Rows of A that are widened together: with one panel of B they stay in the second-level cache.
 const BLOCK: usize = 8 * MR;
 
@@ -165,19 +164,11 @@ unsafe fn kernel<const R: usize>(a: Planes, row: usize, b: *const u32, k_words: 
             high = high.add(a.k_stride);
         }
     }
+    let alpha = _mm256_set1_ps(t.alpha);
     for (i, sums) in acc.iter().enumerate() {
-        let mut y = [0f32; HALF];
-        let alpha = _mm256_set1_ps(t.alpha);
-        // SAFETY: y holds sixteen f32; columns .. of the row are inside C by contract.
-        unsafe {
-            _mm256_storeu_ps(y.as_mut_ptr(), _mm256_mul_ps(sums[0], alpha));
-            _mm256_storeu_ps(y.as_mut_ptr().add(8), _mm256_mul_ps(sums[1], alpha));
-            let at = (t.row + i) * t.c.stride + t.column;
-            match t.c.out {
-                TileOut::F32(c) => store(&y, std::slice::from_raw_parts_mut(c.add(at), t.columns), t.accumulate),
-                TileOut::Bf16(c) => store(&y, std::slice::from_raw_parts_mut(c.add(at), t.columns), t.accumulate),
-            }
-        }
+        let y = sums.map(|y| _mm256_mul_ps(y, alpha));
+        // SAFETY: `columns` elements of row i from `column` are inside C by contract.
+        unsafe { store(t.c.out.add((t.row + i) * t.c.stride + t.column), y, t.columns, t.accumulate) }
     }
 }
 
@@ -188,25 +179,4 @@ fn hidden(mut pointer: *const u32) -> *const u32 {
     // SAFETY: no instruction at all; the register keeps its value.
     unsafe { std::arch::asm!("/* {0} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags)) };
     pointer
-}
-
-/// One row of a tile into C. The whole width is a loop of its own, of constant length.
-#[inline(always)]
-fn store<T: Element>(y: &[f32; HALF], c: &mut [T], accumulate: bool) {
-    #[inline(always)]
-    fn each<T: Element>(y: &[f32], c: &mut [T], accumulate: bool) {
-        if accumulate {
-            for (c, y) in c.iter_mut().zip(y) {
-                *c = T::from_f32(c.to_f32() + y);
-            }
-        } else {
-            for (c, y) in c.iter_mut().zip(y) {
-                *c = T::from_f32(*y);
-            }
-        }
-    }
-    match <&mut [T; HALF]>::try_from(&mut *c) {
-        Ok(c) => each(y, c, accumulate),
-        Err(_) => each(y, c, accumulate),
-    }
 }

@@ -8,6 +8,8 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_store;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod fixed;
 mod pack;
@@ -47,6 +49,23 @@ pub(crate) struct Tile {
 pub(crate) enum TileOut {
     F32(*mut f32),
     Bf16(*mut Bf16),
+}
+
+impl TileOut {
+    /// The element `offset` further on.
+    ///
+    /// # Safety
+    /// It is inside the same matrix.
+    #[inline(always)]
+    unsafe fn add(self, offset: usize) -> Self {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match self {
+                Self::F32(c) => Self::F32(c.add(offset)),
+                Self::Bf16(c) => Self::Bf16(c.add(offset)),
+            }
+        }
+    }
 }
 
 /// The A operand of a product: words of two consecutive k.
@@ -124,10 +143,7 @@ unsafe fn one_tile(alpha: f32, a: AWords, b: &Panels, accumulate: bool, c: COut,
             a_k_stride: a.k_stride,
             b: b.panel(p).as_ptr(),
             k_words: a.k_words,
-            c: match c.out {
-                TileOut::F32(c) => TileOut::F32(c.add(at)),
-                TileOut::Bf16(c) => TileOut::Bf16(c.add(at)),
-            },
+            c: c.out.add(at),
             c_stride: c.stride,
             rows,
             cols: (b.n - p * NR).min(NR),

@@ -69,7 +69,8 @@ pub(super) unsafe fn scalar(t: &Tile) {
 mod avx2 {
     use std::arch::x86_64::*;
 
-    use super::{Bf16, MR, NR, Tile, TileOut};
+    use super::super::super::avx2_store::store;
+    use super::{MR, NR, Tile};
 
     /// # Safety
     /// The processor has AVX2; the pointers of `t` cover its geometry (see [`Tile`]).
@@ -125,14 +126,8 @@ mod avx2 {
                     _mm256_mul_ps(y[1], _mm256_loadu_ps(t.column_scales.add(8))),
                 ]
             };
-            let at = i * t.c_stride;
             // SAFETY: the first `cols` elements of row i are inside C by contract.
-            unsafe {
-                match t.c {
-                    TileOut::F32(c) => with_whole(c.add(at), t.cols, t.accumulate, |c| store_f32(c, y, t.accumulate)),
-                    TileOut::Bf16(c) => with_whole(c.add(at), t.cols, t.accumulate, |c| store_bf16(c, y, t.accumulate)),
-                }
-            }
+            unsafe { store(t.c.add(i * t.c_stride), y, t.cols, t.accumulate) }
         }
     }
 
@@ -152,71 +147,5 @@ mod avx2 {
                 acc[1] = _mm256_add_epi32(acc[1], _mm256_madd_epi16(x, b1));
             }
         }
-    }
-
-    /// Calls `f` with a row of NR elements: with C itself if it has them, else with a copy of the `cols` that it has.
-    ///
-    /// # Safety
-    /// `cols` elements at `c`.
-    #[inline(always)]
-    unsafe fn with_whole<T: Copy + Default>(c: *mut T, cols: usize, read: bool, f: impl Fn(*mut T)) {
-        if cols == NR {
-            return f(c);
-        }
-        let mut row = [T::default(); NR];
-        // SAFETY: the caller's contract; cols < NR.
-        unsafe {
-            if read {
-                std::ptr::copy_nonoverlapping(c, row.as_mut_ptr(), cols);
-            }
-            f(row.as_mut_ptr());
-            std::ptr::copy_nonoverlapping(row.as_ptr(), c, cols);
-        }
-    }
-
-    /// # Safety
-    /// NR elements at `c`.
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    unsafe fn store_f32(c: *mut f32, y: [__m256; 2], accumulate: bool) {
-        // SAFETY: the caller's contract.
-        unsafe {
-            for (j, y) in y.into_iter().enumerate() {
-                let c = c.add(8 * j);
-                _mm256_storeu_ps(c, if accumulate { _mm256_add_ps(_mm256_loadu_ps(c), y) } else { y });
-            }
-        }
-    }
-
-    /// # Safety
-    /// NR elements at `c`.
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    unsafe fn store_bf16(c: *mut Bf16, mut y: [__m256; 2], accumulate: bool) {
-        // SAFETY: the caller's contract.
-        unsafe {
-            if accumulate {
-                for (j, y) in y.iter_mut().enumerate() {
-                    let old = _mm256_cvtepu16_epi32(_mm_loadu_si128(c.add(8 * j).cast()));
-                    *y = _mm256_add_ps(_mm256_castsi256_ps(_mm256_slli_epi32(old, 16)), *y);
-                }
-            }
-            let [low, high] = y.map(|y| bf16_bits(y));
-            // Packing works in each half of the registers; the quarters are put in order behind it.
-            let packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0b11_01_10_00);
-            _mm256_storeu_si256(c.cast(), packed);
-        }
-    }
-
-    /// As `Bf16::from_f32`.
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    fn bf16_bits(y: __m256) -> __m256i {
-        let bits = _mm256_castps_si256(y);
-        let odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-        let nan = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
-        let is_nan = _mm256_castps_si256(_mm256_cmp_ps(y, y, _CMP_UNORD_Q));
-        _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), nan, is_nan)
     }
 }

@@ -144,10 +144,7 @@ unsafe fn gemm_by(
                             sums: sums.as_mut_ptr(),
                             first: block == 0 && rest.is_none(),
                             last: block + 1 == blocks,
-                            c: match c.out {
-                                TileOut::F32(c) => TileOut::F32(c.add(at)),
-                                TileOut::Bf16(c) => TileOut::Bf16(c.add(at)),
-                            },
+                            c: c.out.add(at),
                             c_stride: c.stride,
                             rows: (a.rows - group * MR).min(MR),
                             cols: (b.n - p * NR).min(NR),
