@@ -9,6 +9,9 @@
 //! saves, per layer, the two block inputs, q, k, v after RoPE, the attention output with its log-sum-exp, gate and up, and the LoRA
 //! down-projections; norms and SwiGLU are recomputed in the backward because that is cheaper than keeping them. With
 //! [`Checkpointing::Block`] only the block's input is saved and the whole block runs again.
+//!
+//! Nobody reads the last block's results but the head, and that for a few rows (the labels of training, the ends of prompts): behind its
+//! attention the last block computes those rows alone ([`Narrowed`]), forward and backward. The results are the same.
 
 use cashtag_backend::{AttentionLayout, Backend, Dtype, Mat, MatMut, Rope, WeightSource};
 
@@ -92,8 +95,55 @@ pub struct Workspace<B: Backend> {
     h: B::Buffer,
     x_hat: B::Buffer,
     backward: Option<BackwardBuffers<B>>,
+    /// Where the rows that the head reads stand in `x` after a pass.
+    rows: Vec<u32>,
     /// Kept between batches.
+    narrowed: Option<Narrowed<B>>,
     head: Option<HeadBuffers<B>>,
+}
+
+/// Memory of the last block for the rows that the head reads, side by side.
+struct Narrowed<B: Backend> {
+    capacity: usize,
+    /// Which rows of the batch they are.
+    index: B::Buffer,
+    /// Attention output, and its gradient.
+    o: B::Buffer,
+    d_o: Option<B::Buffer>,
+    /// Residual stream, or its gradient, f32.
+    x: B::Buffer,
+}
+
+impl<B: Backend> Narrowed<B> {
+    /// The rows that the last block can do with, if they are clearly fewer than all `n`.
+    fn of(rows: &[u32], n: usize) -> Option<&[u32]> {
+        (4 * rows.len() <= 3 * n).then_some(rows)
+    }
+
+    /// The buffers of the batch before, if they are large enough.
+    fn reuse<'a>(
+        old: &'a mut Option<Self>,
+        backend: &B,
+        (q_dim, d): (usize, usize),
+        wanted: usize,
+        training: bool,
+    ) -> Result<&'a mut Self> {
+        let old = match old.take() {
+            Some(kept) if kept.capacity >= wanted => old.insert(kept),
+            smaller => {
+                drop(smaller);
+                let t = backend.compute_dtype();
+                old.insert(Self {
+                    capacity: wanted,
+                    index: backend.zeros(Dtype::U32, wanted)?,
+                    o: backend.uninit(t, wanted * q_dim)?,
+                    d_o: if training { Some(backend.uninit(t, wanted * q_dim)?) } else { None },
+                    x: backend.uninit(Dtype::F32, wanted * d)?,
+                })
+            }
+        };
+        Ok(old)
+    }
 }
 
 struct BackwardBuffers<B: Backend> {
@@ -353,12 +403,31 @@ impl<B: Backend> Llama<B> {
             h: alloc(f)?,
             x_hat: alloc(if lora.is_some() { wide } else { 0 })?,
             backward,
+            rows: Vec::new(),
+            narrowed: None,
             head: None,
         })
     }
 
-    fn start(&self, backend: &B, ws: &mut Workspace<B>, ids: &[u32], layout: &AttentionLayout) -> Result<()> {
+    /// `rows`: those that the head will read, in rising order.
+    fn start(
+        &self,
+        backend: &B,
+        ws: &mut Workspace<B>,
+        ids: &[u32],
+        layout: &AttentionLayout,
+        rows: &[u32],
+    ) -> Result<()> {
         let n = ids.len();
+        assert!(
+            rows.is_sorted_by(|a, b| a < b) && rows.last().is_none_or(|&last| (last as usize) < n),
+            "rows {rows:?} of {n}"
+        );
+        ws.rows.clear();
+        match Narrowed::<B>::of(rows, n) {
+            Some(rows) => ws.rows.extend(0..rows.len() as u32),
+            None => ws.rows.extend_from_slice(rows),
+        }
         assert_eq!(n, layout.q_rows());
         if n > ws.capacity {
             return Err(Error::Invalid(format!("a batch of {n} tokens does not fit a workspace of {}", ws.capacity)));
@@ -386,6 +455,11 @@ impl<B: Backend> Llama<B> {
         Rope { head_dim: self.config.head_dim, cos: &self.cos, sin: &self.sin, positions }
     }
 
+    /// The rows that layer `l` computes behind its attention, if they are not all `n`.
+    fn narrowed<'a>(&self, l: usize, rows: &'a [u32], n: usize) -> Option<&'a [u32]> {
+        if l + 1 == self.layers.len() { Narrowed::<B>::of(rows, n) } else { None }
+    }
+
     /// One block forward over `n` rows; `kv` holds the keys and values of an inference pass.
     fn forward_layer(
         &self,
@@ -394,14 +468,14 @@ impl<B: Backend> Llama<B> {
         kv: Option<&mut KvStore<B>>,
         ws: &mut Workspace<B>,
     ) -> Result<()> {
-        let LayerPass { layer: l, layout, lora, random } = *pass;
+        let LayerPass { layer: l, layout, rows, lora, random } = *pass;
         let c = &self.config;
         let (n, d, f) = (layout.q_rows(), c.hidden_size, c.intermediate_size);
         let (q_dim, kv_dim, qkv_dim) = (self.q_dim(), self.kv_dim(), self.qkv_dim());
         let layer = &self.layers[l];
         let training = ws.purpose != Purpose::Inference;
         let set = if ws.saved.len() > 1 { l } else { 0 };
-        let Workspace { x, positions, saved, y, h, x_hat, .. } = ws;
+        let Workspace { x, positions, saved, y, h, x_hat, narrowed, .. } = ws;
         let s = &mut saved[set];
         let at = |site| SiteAt { model: c, layer: l, site, random };
 
@@ -428,13 +502,26 @@ impl<B: Backend> Llama<B> {
                 backend.attention(layout, c.head_dim, q, k, v, o, &mut s.lse)?;
             }
         }
+        let (n, o) = match self.narrowed(l, rows, n) {
+            None => (n, &s.o),
+            Some([]) => return Ok(()),
+            Some(rows) => {
+                let kept = Narrowed::reuse(narrowed, backend, (q_dim, d), rows.len(), training)?;
+                let m = rows.len();
+                backend.upload_u32(rows, &mut kept.index)?;
+                backend.gather_rows(Mat::new(&s.o, n, q_dim), &kept.index, MatMut::new(&mut kept.o, m, q_dim))?;
+                backend.gather_rows(Mat::new(x, n, d), &kept.index, MatMut::new(&mut kept.x, m, d))?;
+                backend.copy(Mat::new(&kept.x, m, d), MatMut::new(x, m, d))?;
+                (m, &kept.o)
+            }
+        };
         let scales = |site| lora.is_some_and(|lora| lora.scales(l, site));
         let apart = scales(Site::AttentionOut);
         let out = MatMut::new(if apart { &mut s.added[0] } else { &mut *x }, n, d);
-        backend.linear(Mat::new(&s.o, n, q_dim), &layer.o, !apart, out)?;
+        backend.linear(Mat::new(o, n, q_dim), &layer.o, !apart, out)?;
         if let Some(lora) = lora {
             let out = MatMut::new(if apart { &mut s.added[0] } else { &mut *x }, n, d);
-            lora.forward(backend, at(Site::AttentionOut), Mat::new(&s.o, n, q_dim), x_hat, &mut s.u[1], out)?;
+            lora.forward(backend, at(Site::AttentionOut), Mat::new(o, n, q_dim), x_hat, &mut s.u[1], out)?;
         }
         if apart {
             backend.add(Mat::new(&s.added[0], n, d), MatMut::new(x, n, d))?;
@@ -464,42 +551,44 @@ impl<B: Backend> Llama<B> {
         Ok(())
     }
 
-    /// Forward over a batch whose keys and values go into `kv`; leaves the residual stream in the workspace.
+    /// Forward over a batch whose keys and values go into `kv`. [`head`](Self::head) then reads `rows`, in rising order.
     ///
     /// # Errors
     /// Token ids or positions that the model does not have, or a device that fails.
+    #[allow(clippy::too_many_arguments, reason = "a pass needs them all, and all are of different types")]
     pub fn forward_inference(
         &self,
         backend: &B,
         ids: &[u32],
         layout: &AttentionLayout,
+        rows: &[u32],
         lora: Option<&Lora<B>>,
         kv: &mut KvStore<B>,
         ws: &mut Workspace<B>,
     ) -> Result<()> {
         check(lora)?;
-        self.start(backend, ws, ids, layout)?;
+        self.start(backend, ws, ids, layout, rows)?;
         for layer in 0..self.layers.len() {
-            self.forward_layer(backend, &LayerPass { layer, layout, lora, random: None }, Some(&mut *kv), ws)?;
+            self.forward_layer(backend, &LayerPass { layer, layout, rows, lora, random: None }, Some(&mut *kv), ws)?;
         }
         Ok(())
     }
 
-    /// Final norm and language-model head for some rows of the residual stream. For each block of rows, calls
-    /// `use_logits(backend, first row of the block, logits f32 [rows, vocab])`.
+    /// Final norm and language-model head for the rows that the pass was asked for. For each block of them, calls
+    /// `use_logits(number of its first row among them, logits f32 [rows, vocab])`.
     pub fn head(
         &self,
         backend: &B,
         ws: &mut Workspace<B>,
-        rows: &[u32],
         mut use_logits: impl FnMut(usize, Mat<'_, B::Buffer>) -> Result<()>,
     ) -> Result<()> {
+        let rows = std::mem::take(&mut ws.rows);
         let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, rows.len(), false)?;
         for (i, block) in rows.chunks(head.rows).enumerate() {
             self.head_block(backend, ws, block, &mut head)?;
             use_logits(i * head.rows, Mat::new(&head.logits, block.len(), self.config.vocab_size))?;
         }
-        ws.head = Some(head);
+        (ws.head, ws.rows) = (Some(head), rows);
         Ok(())
     }
 
@@ -524,9 +613,9 @@ impl<B: Backend> Llama<B> {
         ws: &mut Workspace<B>,
     ) -> Result<BatchLoss> {
         check(lora)?;
-        self.start(backend, ws, &batch.ids, &batch.layout)?;
+        self.start(backend, ws, &batch.ids, &batch.layout, &batch.label_rows)?;
         for layer in 0..self.layers.len() {
-            let pass = LayerPass { layer, layout: &batch.layout, lora, random: None };
+            let pass = LayerPass { layer, layout: &batch.layout, rows: &batch.label_rows, lora, random: None };
             self.forward_layer(backend, &pass, None, ws)?;
         }
         let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, batch.label_rows.len(), false)?;
@@ -551,9 +640,9 @@ impl<B: Backend> Llama<B> {
         let n = batch.rows();
         let d = self.config.hidden_size;
         let random = pass.random;
-        let layout = &batch.layout;
+        let (layout, rows) = (&batch.layout, &batch.label_rows[..]);
         check(Some(lora))?;
-        self.start(backend, ws, &batch.ids, layout)?;
+        self.start(backend, ws, &batch.ids, layout, rows)?;
         if let (Some(random), true) = (random, pass.neftune_alpha > 0.0) {
             let x = MatMut::new(&mut ws.x, n, d);
             neftune::add_noise(backend, layout, pass.neftune_alpha, random, x)?;
@@ -563,18 +652,18 @@ impl<B: Backend> Llama<B> {
             if block {
                 backend.copy(Mat::new(&ws.x, n, d), MatMut::new(&mut ws.block_inputs[layer], n, d))?;
             }
-            self.forward_layer(backend, &LayerPass { layer, layout, lora: Some(lora), random }, None, ws)?;
+            self.forward_layer(backend, &LayerPass { layer, layout, rows, lora: Some(lora), random }, None, ws)?;
         }
         let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, batch.label_rows.len(), true)?;
         let loss = self.label_loss(backend, batch, pass.label_smoothing, Some(pass.loss_scale), &mut head, ws)?;
         ws.head = Some(head);
         for layer in (0..self.layers.len()).rev() {
-            let forward = LayerPass { layer, layout, lora: Some(&*lora), random };
+            let forward = LayerPass { layer, layout, rows, lora: Some(&*lora), random };
             if block {
                 backend.copy(Mat::new(&ws.block_inputs[layer], n, d), MatMut::new(&mut ws.x, n, d))?;
                 self.forward_layer(backend, &forward, None, ws)?;
             }
-            self.backward_layer(backend, layer, layout, random, lora, ws)?;
+            self.backward_layer(backend, layer, rows, layout, random, lora, ws)?;
         }
         Ok(loss)
     }
@@ -599,7 +688,7 @@ impl<B: Backend> Llama<B> {
         for first in (0..losses.len()).step_by(head.rows) {
             let part = first..(first + head.rows).min(losses.len());
             let m = part.len();
-            self.head_block(backend, ws, &batch.label_rows[part.clone()], head)?;
+            self.head_block(backend, ws, &ws.rows[part.clone()], head)?;
             backend.upload_u32(&batch.targets[part.clone()], &mut head.targets)?;
             backend.upload(&batch.weights[part.clone()], &mut head.weights, 0)?;
             let arguments = cashtag_backend::CrossEntropy {
@@ -628,21 +717,25 @@ impl<B: Backend> Llama<B> {
         &self,
         backend: &B,
         l: usize,
+        rows: &[u32],
         layout: &AttentionLayout,
         random: Option<(u64, u32)>,
         lora: &mut Lora<B>,
         ws: &mut Workspace<B>,
     ) -> Result<()> {
         let c = &self.config;
-        let (n, d, f) = (layout.q_rows(), c.hidden_size, c.intermediate_size);
+        let (all, d, f) = (layout.q_rows(), c.hidden_size, c.intermediate_size);
+        let rows = self.narrowed(l, rows, all);
+        let n = rows.map_or(all, <[u32]>::len);
         let (q_dim, kv_dim, qkv_dim) = (self.q_dim(), self.kv_dim(), self.qkv_dim());
         let layer = &self.layers[l];
         let set = if ws.saved.len() > 1 { l } else { 0 };
-        let Workspace { positions, saved, y, h, x_hat, backward, .. } = ws;
+        let Workspace { positions, saved, y, h, x_hat, backward, narrowed, .. } = ws;
         let s = &mut saved[set];
         let Some(BackwardBuffers { dx, dt, d_attention, dqkv, dh, d_gate_up, du, unrotated }) = backward else {
             panic!("a workspace for inference has no backward")
         };
+        let mut narrowed = narrowed.as_mut().filter(|_| rows.is_some());
         let at = |site| SiteAt { model: c, layer: l, site, random };
 
         // MLP: dx → dh → (d_gate, d_up) → norm → dx
@@ -685,16 +778,30 @@ impl<B: Backend> Llama<B> {
         backend.copy(Mat::new(dx, n, d), MatMut::new(dt, n, d))?;
         let y_o = |_: &Slot, _| Mat::new(&s.added[0], n, d);
         lora.backward_magnitude(backend, at(Site::AttentionOut), y_o, MatMut::new(dt, n, d))?;
-        backend.linear_backward(Mat::new(dt, n, d), &layer.o, false, MatMut::new(d_attention, n, q_dim))?;
+        let (o, d_o) = match &mut narrowed {
+            None => (&s.o, &mut *d_attention),
+            Some(Narrowed { o, d_o: Some(d_o), .. }) => (&*o, d_o),
+            Some(_) => panic!("the rows of a pass without a backward"),
+        };
+        backend.linear_backward(Mat::new(dt, n, d), &layer.o, false, MatMut::new(d_o, n, q_dim))?;
         lora.backward(
             backend,
             at(Site::AttentionOut),
-            Mat::new(&s.o, n, q_dim),
+            Mat::new(o, n, q_dim),
             &s.u[1],
             Mat::new(dt, n, d),
             BackwardScratch { du, x_hat },
-            Some(MatMut::new(d_attention, n, q_dim)),
+            Some(MatMut::new(d_o, n, q_dim)),
         )?;
+        if let Some(Narrowed { index, d_o: Some(d_o), x, .. }) = narrowed {
+            // Back among all rows; the others have no gradient yet.
+            backend.fill_zero(d_attention)?;
+            backend.scatter_add_rows(Mat::new(d_o, n, q_dim), index, MatMut::new(d_attention, all, q_dim))?;
+            backend.copy(Mat::new(dx, n, d), MatMut::new(x, n, d))?;
+            backend.fill_zero(dx)?;
+            backend.scatter_add_rows(Mat::new(x, n, d), index, MatMut::new(dx, all, d))?;
+        }
+        let n = all;
         backend.attention_backward(
             layout,
             c.head_dim,
@@ -751,6 +858,8 @@ fn check<B: Backend>(lora: Option<&Lora<B>>) -> Result<()> {
 struct LayerPass<'a, B: Backend> {
     layer: usize,
     layout: &'a AttentionLayout,
+    /// What the head will read.
+    rows: &'a [u32],
     lora: Option<&'a Lora<B>>,
     random: Option<(u64, u32)>,
 }

@@ -57,7 +57,7 @@ impl<B: Backend> Scorer<B> {
         if !prefix.is_empty() {
             let segment = Segment { q_start: 0, len: prefix.len(), kv_start: 0, context: Default::default() };
             let layout = layout(vec![segment], prefix.len())?;
-            model.forward_inference(backend, &prefix, &layout, lora, &mut kv, &mut ws)?;
+            model.forward_inference(backend, &prefix, &layout, &[], lora, &mut kv, &mut ws)?;
         }
         Ok(Self { prefix, labels, kv, ws, max_tokens })
     }
@@ -149,13 +149,13 @@ impl<B: Backend> Scorer<B> {
             }
         }
         let layout = layout(segments, p + ids.len())?;
-        model.forward_inference(backend, &ids, &layout, lora, &mut self.kv, &mut self.ws)?;
-        let first = result.len();
-        result.resize(first + prompts.len(), vec![0.0; self.labels.len()]);
         wanted.sort_by_key(|w| w.row);
         let mut rows: Vec<u32> = wanted.iter().map(|w| w.row as u32).collect();
         rows.dedup();
-        model.head(backend, &mut self.ws, &rows, |start, logits| {
+        model.forward_inference(backend, &ids, &layout, &rows, lora, &mut self.kv, &mut self.ws)?;
+        let first = result.len();
+        result.resize(first + prompts.len(), vec![0.0; self.labels.len()]);
+        model.head(backend, &mut self.ws, |start, logits| {
             let block = &rows[start..start + logits.rows];
             let mut by_row: Vec<Vec<&Wanted>> = vec![Vec::new(); block.len()];
             for w in &wanted {

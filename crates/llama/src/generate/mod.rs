@@ -180,7 +180,7 @@ impl<B: Backend> Generator<B> {
             let before = Span { start: 0, len: start };
             let segment = Segment { q_start: 0, len: part.len(), kv_start: start, context: [before, Span::default()] };
             let layout = layout(vec![segment], kv.capacity())?;
-            model.forward_inference(backend, part, &layout, lora, &mut kv, &mut ws)?;
+            model.forward_inference(backend, part, &layout, &[], lora, &mut kv, &mut ws)?;
         }
         let mut end_tokens = model.config().eos_token_ids.clone();
         end_tokens.extend(tokenizer.eos_token_id());
@@ -371,11 +371,11 @@ impl<B: Backend> Generator<B> {
             return Ok(Vec::new());
         }
         let layout = layout(segments, self.kv.capacity())?;
-        model.forward_inference(backend, &ids, &layout, lora, &mut self.kv, &mut self.ws)?;
+        model.forward_inference(backend, &ids, &layout, &last_rows, lora, &mut self.kv, &mut self.ws)?;
         let writing: Vec<usize> = parts.iter().filter(|p| p.2).map(|p| p.0).collect();
         let mut chosen = Vec::with_capacity(writing.len());
         let (sequences, mut row) = (&self.sequences, vec![0f32; model.config().vocab_size]);
-        model.head(backend, &mut self.ws, &last_rows, |first, logits: Mat<'_, B::Buffer>| {
+        model.head(backend, &mut self.ws, |first, logits: Mat<'_, B::Buffer>| {
             for (r, &i) in writing[first..first + logits.rows].iter().enumerate() {
                 backend.download(logits.buffer, logits.offset + r * logits.stride, &mut row)?;
                 let s = &sequences[i];

@@ -51,7 +51,7 @@ impl<B: Backend> Choice<B> {
             let segment = Segment { q_start: 0, len, kv_start: self.cached, context };
             let layout = layout(vec![segment], self.kv.capacity())?;
             let ids = &self.prompt[self.cached..self.cached + len];
-            model.forward_inference(backend, ids, &layout, lora, &mut self.kv, &mut self.ws)?;
+            model.forward_inference(backend, ids, &layout, &[], lora, &mut self.kv, &mut self.ws)?;
             self.cached += len;
             return Ok(None);
         }
@@ -69,10 +69,10 @@ impl<B: Backend> Choice<B> {
             wanted.extend(choice[1..].iter().enumerate().map(|(j, &token)| ((at + j) as u32, token, i)));
         }
         let layout = layout(segments, self.kv.capacity())?;
-        model.forward_inference(backend, &ids, &layout, lora, &mut self.kv, &mut self.ws)?;
         let rows: Vec<u32> = (0..ids.len() as u32).collect();
+        model.forward_inference(backend, &ids, &layout, &rows, lora, &mut self.kv, &mut self.ws)?;
         let (mut sums, mut logits) = (vec![0f32; self.choices.len()], vec![0f32; model.config().vocab_size]);
-        model.head(backend, &mut self.ws, &rows, |first, block| {
+        model.head(backend, &mut self.ws, |first, block| {
             for r in 0..block.rows {
                 backend.download(block.buffer, block.offset + r * block.stride, &mut logits)?;
                 let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

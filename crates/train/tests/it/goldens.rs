@@ -62,9 +62,9 @@ fn tokens_and_logits() {
         let Some(expected) = g["logits"].get(i).map(floats) else { continue };
         let prompt = &example.tokens[..example.answer_start];
         let layout = cashtag_backend::AttentionLayout::packed(0, &[0], &[prompt.len()]);
-        model.forward_inference(&backend, prompt, &layout, None, &mut kv, &mut ws).unwrap();
+        model.forward_inference(&backend, prompt, &layout, &[prompt.len() as u32 - 1], None, &mut kv, &mut ws).unwrap();
         model
-            .head(&backend, &mut ws, &[prompt.len() as u32 - 1], |_, logits| {
+            .head(&backend, &mut ws, |_, logits| {
                 let mut row = vec![0f32; logits.cols];
                 backend.download(logits.buffer, 0, &mut row)?;
                 for (id, expected) in g["vocab_sample"].as_array().unwrap().iter().zip(&expected) {

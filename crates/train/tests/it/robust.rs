@@ -171,7 +171,7 @@ fn an_evaluation_holds_one_batch_and_label_rows() {
         let mut ws = tiny.model.workspace(&tiny.backend, budget.max(32), purpose, Some(&trainer.lora)).unwrap();
         let workspace = tiny.backend.memory().0 - before;
         trainer.eval_loss(&mut ws).unwrap();
-        // What stays is the head: logits of label rows.
+        // What stays is the head, logits of label rows, and these rows in the last block.
         tiny.backend.memory().0 - before - workspace
     };
     // Some batches have a label row more than others, no more.
@@ -198,7 +198,7 @@ fn an_evaluation_holds_one_batch_and_label_rows() {
     let two_rows_of_logits = 2 * 96 * 4;
     let found = of(&long);
     assert_eq!(found, of(&tiny));
-    assert!(found < 3 * two_rows_of_logits, "{found} bytes for {two_rows_of_logits} of logits");
+    assert!(found < 4 * two_rows_of_logits, "{found} bytes for {two_rows_of_logits} of logits");
 }
 
 /// When a step ended and when its checkpoint was there.
