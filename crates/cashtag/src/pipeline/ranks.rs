@@ -49,7 +49,7 @@ pub(crate) fn join(job: &str) -> anyhow::Result<Option<Group>> {
     let Some(world) = world()? else { return Ok(None) };
     let abandon = |error: &cashtag_train::Error| {
         exit::report(&anyhow::anyhow!("{error}"));
-        std::process::exit(1);
+        exit::at_once(1);
     };
     Ok(Some(Group::join(world, job, abandon)?))
 }
