@@ -277,6 +277,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         labels,
         before: Some(before),
         after: Some(after),
+        untempered: None,
     };
     std::fs::write(&path, report.html())?;
     print!("{}", terminal_table(report.before.as_ref(), report.after.as_ref(), report.comparison.as_ref()));

@@ -60,14 +60,24 @@ fn views(optimizer: &OptimizerState) -> Result<Vec<(String, TensorView<'_>)>> {
     Ok(views)
 }
 
-fn metadata(position: &Position) -> Result<HashMap<String, String>> {
+/// Position, and a checksum over the tensors: a disk that turns a bit must not go unnoticed where every bit is promised.
+fn metadata(position: &Position, optimizer: &OptimizerState) -> Result<HashMap<String, String>> {
     let text = serde_json::to_string(position).map_err(|e| Error::Invalid(e.to_string()))?;
-    Ok(HashMap::from([("position".to_string(), text)]))
+    let mut checksum = crc32fast::Hasher::new();
+    for (_, values) in &optimizer.tensors {
+        match values {
+            Values::F32(v) => checksum.update(bytes_of(v)),
+            Values::U8(v) => checksum.update(v),
+        }
+    }
+    let checksum = format!("{:08x}", checksum.finalize());
+    Ok(HashMap::from([("position".to_string(), text), ("crc32".to_string(), checksum)]))
 }
 
 /// The safetensors file of a state.
 pub(crate) fn to_bytes(position: &Position, optimizer: &OptimizerState) -> Result<Vec<u8>> {
-    safetensors::serialize(views(optimizer)?, Some(metadata(position)?)).map_err(|e| Error::Invalid(e.to_string()))
+    safetensors::serialize(views(optimizer)?, Some(metadata(position, optimizer)?))
+        .map_err(|e| Error::Invalid(e.to_string()))
 }
 
 /// Reads [`to_bytes`] back; what is wrong with them, if something is.
@@ -78,6 +88,7 @@ pub(crate) fn from_bytes(bytes: &[u8], expected: &[Expected]) -> Result<(Positio
     let text = text.ok_or("there is no position in it")?;
     let position: Position = serde_json::from_str(text).map_err(|e| e.to_string())?;
     let mut tensors = Vec::with_capacity(expected.len());
+    let mut checksum = crc32fast::Hasher::new();
     for Expected { name, len, codes } in expected {
         let tensor = file.tensor(name).map_err(|e| format!("{name}: {e}"))?;
         let dtype = if *codes { Dtype::U8 } else { Dtype::F32 };
@@ -85,6 +96,7 @@ pub(crate) fn from_bytes(bytes: &[u8], expected: &[Expected]) -> Result<(Positio
             let (found, shape) = (tensor.dtype(), tensor.shape());
             return Err(format!("{name} is {found:?} of shape {shape:?}, this run needs {dtype:?} of [{len}]"));
         }
+        checksum.update(tensor.data());
         let values = if *codes {
             Values::U8(tensor.data().to_vec())
         } else {
@@ -93,7 +105,13 @@ pub(crate) fn from_bytes(bytes: &[u8], expected: &[Expected]) -> Result<(Positio
         };
         tensors.push((name.clone(), values));
     }
-    Ok((position, OptimizerState { tensors }))
+    let (found, kept) =
+        (format!("{:08x}", checksum.finalize()), header.metadata().as_ref().and_then(|m| m.get("crc32")));
+    match kept {
+        Some(kept) if *kept == found => Ok((position, OptimizerState { tensors })),
+        Some(kept) => Err(format!("it is damaged: its tensors have the checksum {found}, it says {kept}")),
+        None => Err("there is no checksum in it".into()),
+    }
 }
 
 /// Writes `<run>/checkpoint-<step>/` and returns its path.
@@ -116,10 +134,12 @@ pub fn save(
         adapter.save(&temporary, model)?;
         // Tensor by tensor: all of them once more in one piece would be the largest thing that a run on a CPU holds.
         let file = temporary.join(STATE_FILE);
-        safetensors::serialize_to_file(views(optimizer)?, Some(metadata(position)?), &file).map_err(|e| match e {
-            safetensors::SafeTensorError::IoError(source) => Error::Write { path: file.clone(), source },
-            other => Error::Invalid(other.to_string()),
-        })?;
+        safetensors::serialize_to_file(views(optimizer)?, Some(metadata(position, optimizer)?), &file).map_err(
+            |e| match e {
+                safetensors::SafeTensorError::IoError(source) => Error::Write { path: file.clone(), source },
+                other => Error::Invalid(other.to_string()),
+            },
+        )?;
         fs::File::open(&file).and_then(|f| f.sync_all()).map_err(write_error(&file))?;
         let text = serde_json::to_string_pretty(&position.state.to_json(arguments))
             .map_err(|e| Error::Invalid(e.to_string()))?;

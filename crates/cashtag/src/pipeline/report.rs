@@ -55,6 +55,15 @@ pub(crate) fn measure(s: &Settings, data: &Data, f: Findings, files: Vec<FileEnt
     let labels = &f.labels;
     let before = cashtag_eval::evaluate(&f.before, labels, seed)?;
     let after = cashtag_eval::evaluate(&f.after, labels, seed)?;
+    // Without the temperature, to see what it mends.
+    let untempered = match f.temperature {
+        1.0 => None,
+        t => {
+            let mut judged = f.after.clone();
+            judged.iter_mut().for_each(|j| cashtag_eval::apply_temperature(&mut j.probabilities, 1.0 / t));
+            Some(cashtag_eval::evaluate(&judged, labels, seed)?)
+        }
+    };
     let comparison = cashtag_eval::compare(&f.before, &f.after, labels, seed)?;
     let split = |name: &str, part: &[Example]| {
         let index = |e: &Example| labels.iter().position(|l| *l == e.label).unwrap_or(usize::MAX);
@@ -95,6 +104,7 @@ pub(crate) fn measure(s: &Settings, data: &Data, f: Findings, files: Vec<FileEnt
         by_kind_after: cashtag_eval::by_kind(&f.after, labels, seed)?,
         before: Some(before.clone()),
         after: Some(after.clone()),
+        untempered,
         comparison: Some(comparison.clone()),
         examples,
         mistakes: Mistake::hardest(&f.after, 20),
@@ -125,6 +135,7 @@ impl Measured {
             "by_kind_after": r.by_kind_after,
             "examples": r.examples,
             "temperature": temperature,
+            "after_without_temperature": r.untempered,
             "timings": r.timings,
             "peak_memory_bytes": peak_bytes,
             "plan": plan,

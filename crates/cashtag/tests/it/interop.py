@@ -1,12 +1,14 @@
 """Asks Transformers, PEFT and llama.cpp what they make of our files. Reads one JSON object from standard input:
 
     {"model": GGUF, "work": DIR, "system": TEXT, "labels": [WORD…], "texts": [TEXT…],
-     "adapters": {NAME: DIR}, "merged": {NAME: DIR}, "gguf": {NAME: FILE}, "lora": {NAME: FILE}}
+     "adapters": {NAME: DIR}, "merged": {NAME: DIR}, "gguf": {NAME: FILE}, "lora": {NAME: FILE}, "state": FILE}
 
-and prints one with the label probabilities of each, in the order of texts and labels. Before that it makes three adapters with
-PEFT itself, in WORK/peft-lora, WORK/peft-rslora and WORK/peft-dora, with factors that are not zero.
+and prints one with the label probabilities of each, in the order of texts and labels. With "adapters" it first makes three
+adapters with PEFT itself, in WORK/peft-lora, WORK/peft-rslora and WORK/peft-dora, with factors that are not zero, and has
+Transformers train one, whose checkpoint is WORK/trainer/checkpoint-2. "state" is a trainer_state.json for Transformers to read.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -74,6 +76,29 @@ if job.get("adapters") is not None:
         model.save_pretrained(path)
         base = model.unload()
         job["adapters"][kind] = path
+    from transformers import Trainer, TrainerState, TrainingArguments
+
+    # The weights are f32 since they were read, and Trainer refuses what says that it is quantised.
+    base.is_quantized = False
+    # Trainer prints its log, and standard output is the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(base, config)
+        data = [
+            {"input_ids": full, "attention_mask": [1] * len(full), "labels": [-100] * len(prompt) + full[len(prompt) :]}
+            for prompt, full in (labels[i % len(labels)] for i, labels in enumerate(prompts(tokenizer)))
+        ]
+        arguments = TrainingArguments(
+            os.path.join(job["work"], "trainer"), max_steps=2, per_device_train_batch_size=1, learning_rate=2e-3,
+            warmup_steps=0, logging_steps=1, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        )
+        Trainer(model=model, args=arguments, train_dataset=data).train()
+        job["adapters"]["checkpoint"] = os.path.join(job["work"], "trainer", "checkpoint-2")
+        base = model.unload()
+    with open(os.path.join(job["adapters"]["checkpoint"], "trainer_state.json")) as file:
+        out["keys"] = sorted(json.load(file))
+    state = TrainerState.load_from_json(job["state"])
+    out["state"] = [state.global_step, state.max_steps, len(state.log_history), state.train_batch_size]
     for kind, path in job["adapters"].items():
         model = PeftModel.from_pretrained(base, path)
         out[kind] = probabilities(model.eval(), tokenizer)
@@ -102,6 +127,7 @@ def llama_cpp_probabilities(path, lora=None):
     import jinja2
 
     rows = []
+    known = []
     for text in job["texts"]:
         messages = [{"role": "system", "content": job["system"]}, {"role": "user", "content": text}]
         rendered = jinja2.Template(template).render(
@@ -112,10 +138,12 @@ def llama_cpp_probabilities(path, lora=None):
             prompt = llm.tokenize(rendered.encode(), add_bos=False, special=True)
             full = llm.tokenize((rendered + word).encode(), add_bos=False, special=True)
             assert full[: len(prompt)] == prompt
-            llm.reset()
-            llm.eval(full)
-            logits = torch.log_softmax(torch.tensor(np.array(llm.scores[: len(full)])), -1)
-            row.append(sum(logits[i - 1, full[i]].item() for i in range(len(prompt), len(full))))
+            # What it begins with is computed already.
+            llm.n_tokens = len(os.path.commonprefix([known, full]))
+            llm.eval(full[llm.n_tokens :])
+            known = full
+            logits = torch.log_softmax(torch.tensor(np.array(llm.scores[len(prompt) - 1 : len(full)])), -1)
+            row.append(sum(logits[i, full[len(prompt) + i]].item() for i in range(len(full) - len(prompt))))
         rows.append(row)
     return normalise(rows)
 

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::context::Context;
+use super::serving;
 use super::tiny;
 
 fn run(context: &Context, model: &[String], words: &str) -> String {
@@ -76,6 +77,20 @@ fn any_list_of_labels_from_end_to_end() {
             .map(|l| answer[format!("p_{}", l.to_lowercase().replace(' ', "_"))].as_f64().unwrap_or(f64::NAN))
             .sum();
         assert!((sum - 1.0).abs() < 1e-4, "{answer}");
+        if name == "four" {
+            let flags: Vec<&str> = model.iter().map(String::as_str).chain(["--adapter", name]).collect();
+            let mut s = serving::start(&context, &flags);
+            let served = s.post("/v1/classify", &serde_json::json!({"input": "soars"})).json();
+            let datum = &served["data"][0];
+            assert_eq!((&datum["label"], &datum["num_classes"]), (&answer["label"], &serde_json::json!(4)), "{served}");
+            for label in labels {
+                let far = datum["probabilities"][label].as_f64().unwrap()
+                    - answer[format!("p_{}", label.to_lowercase())].as_f64().unwrap();
+                assert!(far.abs() < 1e-3, "{served} for {answer}");
+            }
+            s.terminate();
+            assert_eq!(s.exit_code(), Some(0));
+        }
     }
     // A label that the run has not got.
     context.write("data.csv", "text,label\n$A soars,Bullish\n$B rests,Sideways\n");

@@ -43,6 +43,57 @@ fn training_takes_what_was_planned() {
     }
 }
 
+/// Recipes of every kind that a CPU can run; the table of docs/training.md.
+const RECIPES: [&str; 16] = [
+    "",
+    "--precision f32",
+    "--precision bf16",
+    "--precision bf16 --gradient-checkpointing block",
+    "--precision f32 --gradient-checkpointing block",
+    "--lora-r 8 --target-modules q_proj,v_proj",
+    "--lora-r 8 --target-modules q_proj,v_proj --gradient-checkpointing block",
+    "--lora-r 64 --optim adamw_8bit",
+    "--lora-r 64 --use-dora",
+    "--lora-r 8 --use-dora --optim adamw_8bit --gradient-checkpointing block",
+    "--per-device-train-batch-size 16 --gradient-accumulation-steps 1",
+    "--per-device-train-batch-size 16 --no-packing",
+    "--per-device-train-batch-size 16 --no-packing --gradient-checkpointing block",
+    "--max-tokens-per-batch 1024 --per-device-train-batch-size 32",
+    "--train-on all --per-device-train-batch-size 16",
+    "--max-seq-length 512 --per-device-train-batch-size 4 --gradient-accumulation-steps 1 --data long.csv",
+];
+
+#[test]
+#[ignore = "minutes; docs/training.md has its table"]
+fn the_table_of_plans() {
+    let Some(context) = context() else { return };
+    let mut long = String::from("text,label\n");
+    for i in 0..60 {
+        let words: Vec<String> = (0..40).map(|j| super::tiny::words(40 * i + j)).collect();
+        long += &format!("{},{}\n", words.join(" "), ["Positive", "Neutral", "Negative"][i % 3]);
+    }
+    context.write("long.csv", long);
+    println!("| recipe | planned, GiB | taken, GiB | difference |\n| --- | --- | --- | --- |");
+    let mut wrong = Vec::new();
+    for command in ["train", "run"] {
+        for (i, flags) in RECIPES.iter().enumerate().filter(|(i, _)| command == "train" || i % 5 == 0) {
+            let dir = format!("{command}{i}");
+            let fixed =
+                format!("{command} -q --train-examples 120 --eval-examples 40 --max-steps 3 --output-dir {dir}");
+            let words: Vec<&str> = fixed.split(' ').chain(flags.split_whitespace()).collect();
+            let output = context.command(&words).output().unwrap();
+            assert!(output.status.success(), "{flags}: {}", context.shown(&output));
+            let (taken, planned) = taken_and_planned(&String::from_utf8(output.stdout).unwrap());
+            let off = planned / taken - 1.0;
+            println!("| `{command} {flags}` | {planned:.2} | {taken:.2} | {:+.1} % |", 100.0 * off);
+            if off.abs() >= WITHIN {
+                wrong.push(format!("{command} {flags}: planned {planned} GiB, took {taken}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
 /// After `run` the estimate stands beside the truth: on the terminal, in `metrics.json` and in the report.
 #[test]
 fn a_run_keeps_its_plan() {

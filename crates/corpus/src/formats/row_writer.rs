@@ -38,6 +38,9 @@ impl NewColumn {
     }
 }
 
+/// A row group is held until it is complete: by bytes, too, so that long texts do not make it a large one.
+const ROW_GROUP_BYTES: usize = 16 << 20;
+
 enum Sink {
     File(AtomicFile),
     Stream(Box<dyn Write + Send>),
@@ -292,6 +295,7 @@ pub(crate) fn arrow_writer(path: &Path, file: AtomicFile, schema: SchemaRef) -> 
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_max_row_group_row_count(Some(128 * 1024))
+        .set_max_row_group_bytes(Some(ROW_GROUP_BYTES))
         .build();
     ArrowWriter::try_new(file, schema, Some(properties)).map_err(|error| parquet_failure(path, error))
 }

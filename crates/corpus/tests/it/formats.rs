@@ -324,6 +324,38 @@ fn streams_have_no_end_in_memory() {
     assert_eq!((rows, last), (2_000, 1.0));
 }
 
+/// A row group is held until it is complete: long texts end it before many rows do.
+#[test]
+fn row_groups_are_bounded_by_bytes() {
+    let folder = folder();
+    // Noise, so that compression does not make it small.
+    let mut state = 1u64;
+    let mut text = String::new();
+    for i in 0..3_000 {
+        let noise = (0..10_000).map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            char::from(b' ' + 1 + (state >> 33) as u8 % 90)
+        });
+        let noise: String = noise.map(|c| if matches!(c, '"' | '\\') { 'x' } else { c }).collect();
+        text += &format!("{{\"id\": {i}, \"text\": \"{noise}\"}}\n");
+    }
+    let (input, out) = (file(&folder, "big.jsonl", text), folder.path().join("big.parquet"));
+    let reader = RowReader::open(&input).unwrap();
+    let mut writer = RowWriter::create(&out, &reader, &[NewColumn::number("p")]).unwrap();
+    for chunk in reader {
+        let chunk = chunk.unwrap();
+        writer.write(&chunk, &[vec![json!(0.5); chunk.len()]]).unwrap();
+    }
+    assert_eq!(writer.finish().unwrap(), 3_000);
+    let file = std::fs::File::open(&out).unwrap();
+    let read = parquet::file::reader::SerializedFileReader::new(file).unwrap();
+    let groups = parquet::file::reader::FileReader::metadata(&read).row_groups();
+    let sizes: Vec<i64> = groups.iter().map(|g| g.compressed_size() >> 20).collect();
+    // 30 MB of noise of 90 letters, that is some 24 MB compressed.
+    assert!(groups.len() > 1 && sizes.iter().all(|mib| *mib <= 16), "{sizes:?} MiB");
+    assert_eq!(groups.iter().map(|g| g.num_rows()).sum::<i64>(), 3_000);
+}
+
 #[test]
 fn records_have_a_longest() {
     let folder = folder();

@@ -45,6 +45,8 @@ pub struct Report {
     pub history: Vec<HistoryRow>,
     pub before: Option<Metrics>,
     pub after: Option<Metrics>,
+    /// `after` as it would be without its temperature: what the temperature mends.
+    pub untempered: Option<Metrics>,
     /// `compare(before, after)`.
     pub comparison: Option<Comparison>,
     pub by_kind_before: BTreeMap<String, Metrics>,

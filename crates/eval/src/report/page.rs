@@ -210,8 +210,12 @@ fn confusions(report: &Report) -> Html {
 
 fn calibration(report: &Report) -> Html {
     let mut html = Html::new();
-    let sides: Vec<_> =
-        sides(report).into_iter().filter(|(_, _, m)| m.reliability.iter().any(|b| b.count > 0)).collect();
+    let mut sides = sides(report);
+    if let Some(metrics) = &report.untempered {
+        let place = sides.len() - usize::from(report.after.is_some());
+        sides.insert(place, (tables::UNTEMPERED, "after", metrics));
+    }
+    sides.retain(|(_, _, m)| m.reliability.iter().any(|b| b.count > 0));
     if sides.is_empty() {
         return html;
     }

@@ -100,10 +100,15 @@ pub(super) fn confusion(metrics: &Metrics, labels: &[String], when: &str) -> Htm
     table(&format!("Confusion matrix {when}"), &header, &rows)
 }
 
+/// What the trained model's own probabilities are called, where a temperature was fitted.
+pub(super) const UNTEMPERED: &str = "After, without temperature";
+
 /// The bins of the reliability diagrams that hold anything.
 pub(super) fn reliability(report: &Report) -> Html {
     let mut rows = Vec::new();
-    for (when, metrics) in [("before", &report.before), ("after", &report.after)] {
+    let sides = [("before", &report.before), (UNTEMPERED, &report.untempered), ("after", &report.after)];
+    for (when, metrics) in sides {
+        let when = when.to_lowercase();
         for bin in metrics.iter().flat_map(|m| &m.reliability).filter(|b| b.count > 0) {
             rows.push(vec![
                 format!("{when}, {} to {}", percent(bin.lower), percent(bin.upper)),

@@ -218,6 +218,7 @@ fn full(text: &str) -> Report {
             .collect(),
         before: evaluate(&a, &labels(), 1).ok(),
         after: evaluate(&b, &labels(), 1).ok(),
+        untempered: None,
         comparison: compare(&a, &b, &labels(), 1).ok(),
         by_kind_before: kinds(&a),
         by_kind_after: kinds(&b),
@@ -277,6 +278,10 @@ fn every_section_is_there_when_its_data_are() {
         "setup",
         "reading",
     ];
+    let mut tempered = full("words");
+    tempered.untempered.clone_from(&tempered.before);
+    let text = check(&tempered.html()).expect("a sound page").text;
+    assert!(text.contains("After, without temperature") && !page.contains("without temperature"));
     for id in ids {
         assert!(page.contains(&format!("<section id=\"{id}\"")) && page.contains(&format!("href=\"#{id}\"")), "{id}");
     }

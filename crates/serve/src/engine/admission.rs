@@ -86,9 +86,9 @@ impl Admission {
     }
 
     /// The same, but waiting for room.
-    pub(crate) async fn enter_background(&self, rows: u64) -> Result<Vec<Ticket>, Failure> {
+    pub(crate) async fn enter_background(&self, rows: u64) -> Result<Ticket, Failure> {
         let permit = self.background.clone().acquire_owned().await.map_err(|_| Failure::Ended)?;
-        Ok(self.tickets(permit, &[rows]))
+        self.tickets(permit, &[rows]).pop().ok_or(Failure::Ended)
     }
 
     pub(crate) fn enter_write(&self) -> Result<OwnedSemaphorePermit, Failure> {

@@ -12,6 +12,7 @@ use super::{Failure, Inner, Scored, Served};
 
 /// A text on its way to an answer.
 pub(crate) struct TextItem {
+    /// Kept: the answer gives it back.
     pub(crate) text: String,
     /// Empty until the tokenizer's thread has seen it.
     pub(crate) prompt: Vec<u32>,
@@ -58,7 +59,6 @@ pub(crate) fn tokenize(inner: &Inner, texts: std::sync::mpsc::Receiver<TextItem>
                 item.prompt = prompt;
                 item.tokenization = started.elapsed();
                 item.tokenized = Instant::now();
-                item.text = String::new();
                 inner.measures.tokenization.observe(item.tokenization.as_secs_f64());
                 let mut queue = inner.queue();
                 queue.texts.push_back(item);

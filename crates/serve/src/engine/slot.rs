@@ -115,6 +115,7 @@ impl<B: Backend> Slot<B> {
             m.waiting.observe(queue.as_secs_f64());
             m.text(name, "ok");
             let scored = Scored {
+                text: item.text,
                 probabilities: normalise(&log_probabilities, self.served.temperature),
                 log_probabilities,
                 prompt_tokens: item.prompt.len(),

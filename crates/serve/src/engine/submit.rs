@@ -39,6 +39,8 @@ pub struct ClassifyRequest {
 /// The answer to one text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scored {
+    /// The text itself, given back.
+    pub text: String,
     /// log p(label | prompt) as the model gives it, in the order of [`Served::labels`].
     pub log_probabilities: Vec<f32>,
     /// The same over the labels only, with the adapter's temperature.
@@ -117,10 +119,8 @@ impl Engine {
             Lane::Background => {
                 for text in request.texts {
                     let rows = estimate(&text, longest);
-                    for ticket in self.inner.admission.enter_background(rows).await? {
-                        let text = text.clone();
-                        answers.push(self.send(text, &served, strict, request.timeout, ticket)?);
-                    }
+                    let ticket = self.inner.admission.enter_background(rows).await?;
+                    answers.push(self.send(text, &served, strict, request.timeout, ticket)?);
                 }
             }
         }

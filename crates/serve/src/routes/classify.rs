@@ -37,12 +37,14 @@ pub(super) async fn classify(
     fields.only("use_activation", &[json!(true)])?;
     fields.only("messages", &[])?;
     let characters = texts.iter().map(|t| t.chars().count()).sum();
-    // Looked through when there is an answer: a request that is refused costs nothing.
-    let looked_through = service.tickers.as_ref().map(|find| (find.clone(), texts.clone()));
     let request = ClassifyRequest { model, texts, truncate, timeout: None, lane: Lane::Interactive };
-    let (served, scored) = classify_in_time(&service, request).await?;
-    let tickers = match looked_through {
-        Some((find, texts)) => Some(tickers(find, texts).await?),
+    let (served, mut scored) = classify_in_time(&service, request).await?;
+    // Looked through now that there is an answer: a request that is refused costs nothing.
+    let tickers = match &service.tickers {
+        Some(find) => {
+            let texts = scored.iter_mut().map(|s| std::mem::take(&mut s.text)).collect();
+            Some(tickers(find.clone(), texts).await?)
+        }
         None => None,
     };
     let tokens: usize = scored.iter().map(|s| s.prompt_tokens).sum();

@@ -1,7 +1,11 @@
 //! What others read: `trainer_state.json` by Transformers, event files by TensorBoard. Python programs are run where they are there.
 
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use cashtag_backend_cpu::Precision;
 use cashtag_train::tensorboard::EventWriter;
@@ -111,7 +115,7 @@ state = TrainerState.load_from_json(sys.argv[1])
 names = {f.name for f in dataclasses.fields(TrainerState)}
 import json
 keys = set(json.load(open(sys.argv[1])))
-print(state.global_step, state.best_global_step, len(state.log_history), sorted(keys - names))
+print(state.global_step, state.best_global_step, len(state.log_history), sorted(keys ^ names))
 state.save_to_json(sys.argv[1] + '.again')";
     assert_eq!(printed(&python, script, &path), format!("6 6 {} []\n", history.len()));
     let again: Value = serde_json::from_slice(&std::fs::read(path.with_extension("json.again")).unwrap()).unwrap();
@@ -157,4 +161,49 @@ print(loss[0].wall_time > 1e9)";
         printed(&python, script, dir.path()),
         "['train/epoch', 'train/learning_rate', 'train/loss']\nTrue\n[1.0, 0.5, 0.3333, 0.25, 105.0, 106.0] 0.0001\nTrue\n"
     );
+    // And what the program itself shows in a browser.
+    let loss = served(&python, dir.path(), "/data/plugin/scalars/scalars?run=.&tag=train%2Floss");
+    let points: Vec<(f64, u64, f64)> = serde_json::from_str(&loss).unwrap_or_else(|e| panic!("{e}: {loss}"));
+    let last = points.last().unwrap();
+    assert!(points.len() > 100 && (last.1, last.2) == (300, 400.0), "{last:?} of {}", points.len());
+}
+
+/// What `tensorboard --logdir DIR` answers.
+fn served(python: &str, dir: &Path, path: &str) -> String {
+    const PATIENCE: Duration = Duration::from_secs(120);
+    struct Ended(Child);
+    impl Drop for Ended {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+    let mut command = Command::new(python);
+    command.args(["-m", "tensorboard.main", "--host", "127.0.0.1", "--port", "0", "--load_fast=false", "--logdir"]);
+    let mut program = Ended(command.arg(dir).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
+    let said = BufReader::new(program.0.stderr.take().unwrap());
+    let (sender, address) = channel();
+    std::thread::spawn(move || {
+        for line in said.lines().map_while(Result::ok) {
+            if let Some((_, rest)) = line.split_once("http://") {
+                let _ = sender.send(rest.split('/').next().unwrap_or_default().to_owned());
+            }
+        }
+    });
+    let address = address.recv_timeout(PATIENCE).expect("TensorBoard says where it listens");
+    let began = Instant::now();
+    // It reads the files after it has begun to listen.
+    loop {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+        if head.contains(" 200 ") {
+            return body.to_owned();
+        }
+        assert!(began.elapsed() < PATIENCE, "{answer}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }

@@ -89,7 +89,7 @@ fn poisoned_weights_end_the_run() {
     });
 }
 
-/// Half a directory, an empty one, a file cut off, a bit turned in the header: each time the one before it is taken.
+/// Half a directory, an empty one, a file cut off, a bit turned in the header, or in a moment: each time the one before it is taken.
 #[test]
 fn damaged_checkpoints_are_passed_over() {
     let tiny = Tiny::new(Precision::F32);
@@ -106,13 +106,16 @@ fn damaged_checkpoints_are_passed_over() {
     let mut turned = std::fs::read(file(3)).unwrap();
     turned[9] ^= 0x80;
     std::fs::write(file(3), turned).unwrap();
+    let mut turned = std::fs::read(file(2)).unwrap();
+    *turned.last_mut().unwrap() ^= 1;
+    std::fs::write(file(2), turned).unwrap();
     // What a killed process leaves of a checkpoint that it was writing.
     std::fs::create_dir_all(dir.path().join(".checkpoint-7.tmp")).unwrap();
     let mut again = tiny.trainer(dir.path(), a);
     let (outcome, watch) = support::run(&mut again, Watch::default());
-    assert_eq!((outcome.step, watch.reports[0].step), (6, 3));
-    assert_eq!(watch.warnings.len(), 4, "{:?}", watch.warnings);
-    for (warning, step) in watch.warnings.iter().zip([6, 5, 4, 3]) {
+    assert_eq!((outcome.step, watch.reports[0].step), (6, 2));
+    assert_eq!(watch.warnings.len(), 5, "{:?}", watch.warnings);
+    for (warning, step) in watch.warnings.iter().zip([6, 5, 4, 3, 2]) {
         assert!(warning.contains(&format!("checkpoint-{step}")), "{warning}");
         assert!(warning.ends_with("falling back to the checkpoint before it"), "{warning}");
     }
