@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! sources ─▶ inlet ─▶ log ─▶ pipeline ─▶ store ─▶ API, page, alerts, exports
-//!            check    durable  score,      SQLite
-//!            twice?            count
+//!            check    durable  score,      SQLite or
+//!            twice?            count      PostgreSQL
 //! ```
 //!
 //! What holds:

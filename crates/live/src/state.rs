@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use crate::hub::Hub;
+use crate::hub::{Hub, Kind};
 use crate::inlet::Inlet;
 use crate::scorer::ModelInfo;
 use crate::store::Readers;
-use crate::time::Millis;
+use crate::time::{self, Millis};
 use crate::windows::{Scope, Signal, Window};
 
 /// Delays that percentiles are taken over.
@@ -149,9 +149,51 @@ impl Counters {
     }
 }
 
+/// Whether the store takes what is written.
+pub struct StoreHealth {
+    pub kind: &'static str,
+    down: Mutex<Option<(Millis, String)>>,
+}
+
+impl StoreHealth {
+    pub fn new(kind: &'static str) -> Self {
+        Self { kind, down: Mutex::default() }
+    }
+
+    pub fn to_json(&self) -> Value {
+        let down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*down {
+            None => json!({"kind": self.kind, "state": "connected", "since": null, "detail": ""}),
+            Some((since, why)) => {
+                json!({"kind": self.kind, "state": "unavailable", "since": time::rfc3339(*since), "detail": why})
+            }
+        }
+    }
+
+    /// Notes how it went; true if that is news.
+    fn note(&self, trouble: Option<String>) -> bool {
+        let mut down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&mut *down, trouble) {
+            (None, None) => false,
+            (Some((_, known)), Some(why)) if *known == why => false,
+            (Some((_, known)), Some(why)) => {
+                *known = why;
+                true
+            }
+            (down, trouble) => {
+                *down = trouble.map(|why| (time::now(), why));
+                true
+            }
+        }
+    }
+}
+
 /// What the API and the pipeline share.
 pub struct Shared {
     pub hub: Hub,
+    pub store: StoreHealth,
+    /// Dead letters of the processes before.
+    pub dead_letters_before: u64,
     pub inlet: Inlet,
     pub readers: Readers,
     pub model: ModelInfo,
@@ -169,6 +211,18 @@ pub struct Shared {
 impl Shared {
     pub fn snapshot(&self) -> RwLockReadGuard<'_, Snapshot> {
         self.snapshot.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many dead letters there ever were.
+    pub fn dead_letters(&self) -> u64 {
+        self.dead_letters_before + self.counters.dead_letters.load(Ordering::Relaxed)
+    }
+
+    /// The store took something, or did not, for this reason; whoever watches is told.
+    pub(crate) fn note_store(&self, trouble: Option<String>) {
+        if self.store.note(trouble) {
+            self.hub.publish(Kind::Store, self.store.to_json());
+        }
     }
 
     pub(crate) fn take_delivered(&self) -> Vec<i64> {

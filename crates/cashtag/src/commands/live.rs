@@ -17,7 +17,7 @@ use cashtag_live::sources::jetstream::{Jetstream, JetstreamOptions};
 use cashtag_live::sources::x_search::XSearch;
 use cashtag_live::sources::x_stream::XStream;
 use cashtag_live::sources::{Source, XOptions, x_api};
-use cashtag_live::store::StoreOptions;
+use cashtag_live::store::{Location, StoreOptions};
 use cashtag_live::tickers::Tickers;
 use cashtag_live::windows::{Thin, WindowOptions};
 use cashtag_live::{LiveOptions, Started, export, time};
@@ -68,6 +68,9 @@ struct Export {
     /// The data directory
     #[arg(long, value_name = "DIR", default_value = "live-data")]
     data: PathBuf,
+    /// The PostgreSQL server that `cashtag live --store` was given
+    #[arg(long, value_name = "URL", env = "CASHTAG_LIVE_STORE", hide_env = true)]
+    store: Option<String>,
     /// Where scores/ and bars/ are written
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -138,6 +141,10 @@ struct Signals {
     /// Log, store and keys of this pipeline [default: live-data; for --demo a temporary one]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Keep posts and windows on a PostgreSQL server (postgres://user@host/database; also CASHTAG_LIVE_STORE) [default:
+    /// SQLite in --data]
+    #[arg(long, value_name = "URL", env = "CASHTAG_LIVE_STORE", hide_env = true)]
+    store: Option<String>,
     /// How long after its end a window takes posts
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
     allowed_lateness: Duration,
@@ -379,7 +386,10 @@ fn options(args: &Args, data: PathBuf, tickers: Arc<dyn Tickers>) -> anyhow::Res
         "never" => Fsync::Never,
         other => Fsync::Every(duration(other).map_err(|e| Usage(format!("--fsync: {e}")))?),
     };
+    let location = Location::of(s.store.as_deref(), &data).map_err(|e| Usage(e.to_string()))?;
     let mut options = LiveOptions::new(data, tickers);
+    options.location = location;
+    options.waiting = Box::new(|why| output::note(format!("waiting: {why}")));
     options.log = LogOptions { fsync, ..LogOptions::default() };
     options.store = StoreOptions { with_text: !s.no_text, webhook: s.alert_webhook.is_some() };
     options.windows = WindowOptions {
@@ -444,7 +454,11 @@ fn write_export(args: &Export) -> anyhow::Result<()> {
                 .ok_or_else(|| Usage(format!("--since takes a day such as 2026-11-28, found {text:?}")))?,
         ),
     };
-    let written = export::export(&args.data, &args.out, since)?;
+    let written = export::export(
+        &Location::of(args.store.as_deref(), &args.data).map_err(|e| Usage(e.to_string()))?,
+        &args.out,
+        since,
+    )?;
     output::note(format!(
         "{} posts, {} windows, {} files in {}",
         written.posts,

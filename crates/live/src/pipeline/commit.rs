@@ -36,25 +36,14 @@ impl Pipeline<'_> {
         for (name, newest) in heard {
             checkpoint.sources.entry(name.clone()).or_default().newest = Some(*newest);
         }
-        let mut pause = Duration::from_millis(50);
-        loop {
-            self.batch.available_at = time::now();
-            match self.store.commit(&self.batch) {
-                Ok(()) => break,
-                // Asked to stop and nowhere to write: the log has it all for the next start.
-                Err(e) if self.stop.load(Ordering::Relaxed) => return Err(e),
-                Err(_) => {
-                    Counters::add(&self.shared.counters.store_failures, 1);
-                    self.answer_questions();
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_secs(2));
-                }
-            }
-        }
+        let mut written = std::mem::take(&mut self.batch);
+        self.with_store(|store| {
+            written.available_at = time::now();
+            store.commit(&written)
+        })?;
         self.written_at = Instant::now();
         self.unwritten.clear();
-        let next = Batch { checkpoint: self.batch.checkpoint.clone(), ..Batch::default() };
-        let written = std::mem::replace(&mut self.batch, next);
+        self.batch.checkpoint = written.checkpoint.clone();
         self.shared.inlet.set_done(written.checkpoint.seq);
         self.tell(&written);
         Ok(())

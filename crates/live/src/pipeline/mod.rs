@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use crate::alerts::Alerts;
 use crate::board::{Pace, State};
 use crate::copies::{Copies, fingerprint};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::log::{Log, Reader};
 use crate::post::{Post, ScoredPost};
 use crate::scorer::{Polarity, Scorer, best, check};
@@ -70,7 +70,7 @@ pub struct Pipeline<'a> {
     shared: Arc<Shared>,
     log: Log,
     reader: Reader,
-    store: Store,
+    store: Box<dyn Store>,
     windows: Windows,
     copies: Copies,
     alerts: Alerts,
@@ -136,8 +136,22 @@ impl Pipeline<'_> {
     fn read(&mut self) -> Result<Vec<(u64, Post)>> {
         let want = self.scorer.batch().max(1);
         let mut posts = Vec::with_capacity(want);
-        while posts.len() < want {
-            let Some((seq, record)) = self.reader.next_record()? else { break };
+        let mut fresh: Vec<(u128, u64, Post)> = Vec::with_capacity(want);
+        loop {
+            let full = posts.len() + fresh.len() >= want;
+            let record = if full { None } else { self.reader.next_record()? };
+            let Some((seq, record)) = record else {
+                if fresh.is_empty() {
+                    return Ok(posts);
+                }
+                // All at once: the store may be on another machine.
+                let identities: Vec<u128> = fresh.iter().map(|(identity, ..)| *identity).collect();
+                let known = self.with_store(|store| store.known(&identities))?;
+                Counters::add(&self.shared.counters.duplicates, known.len());
+                let new = fresh.drain(..).filter(|(identity, ..)| !known.contains(identity));
+                posts.extend(new.map(|(_, seq, post)| (seq, post)));
+                continue;
+            };
             let post: Post = match serde_json::from_slice(&record) {
                 Ok(post) => post,
                 Err(e) => {
@@ -150,14 +164,40 @@ impl Pipeline<'_> {
                 self.source(&post.source).cursor = Some(cursor.clone());
             }
             let identity = post.identity();
-            if self.unwritten.contains(&identity) || self.store.has(identity)? {
+            if self.unwritten.insert(identity) {
+                fresh.push((identity, seq, post));
+            } else {
                 Counters::add(&self.shared.counters.duplicates, 1);
-                continue;
             }
-            self.unwritten.insert(identity);
-            posts.push((seq, post));
         }
-        Ok(posts)
+    }
+
+    /// Works with the store for as long as it takes: while it is down the log goes on taking posts, questions are answered,
+    /// and the page says what is wrong.
+    fn with_store<T>(&mut self, mut work: impl FnMut(&mut dyn Store) -> Result<T>) -> Result<T> {
+        let mut pause = Duration::from_millis(50);
+        loop {
+            let trouble = match work(&mut *self.store) {
+                Ok(value) => {
+                    self.shared.note_store(None);
+                    return Ok(value);
+                }
+                // Asked to stop and nowhere to write: the log has it all for the next start.
+                Err(e) if self.stop.load(Ordering::Relaxed) || matches!(e, Error::StoreChanged { .. }) => {
+                    return Err(e);
+                }
+                Err(Error::Store { why, .. } | Error::StoreAway { why, .. }) => why,
+                Err(e) => e.to_string(),
+            };
+            Counters::add(&self.shared.counters.store_failures, 1);
+            self.shared.note_store(Some(trouble.lines().next().unwrap_or_default().to_owned()));
+            let until = Instant::now() + pause;
+            while Instant::now() < until && !self.stop.load(Ordering::Relaxed) {
+                self.answer_questions();
+                std::thread::sleep(WAIT.min(pause));
+            }
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
     }
 
     fn source(&mut self, name: &str) -> &mut SourceState {
@@ -258,7 +298,7 @@ impl Pipeline<'_> {
     /// Alerts that a webhook has taken are marked in the store.
     fn note_deliveries(&mut self) -> Result<()> {
         let ids = self.shared.take_delivered();
-        if ids.is_empty() { Ok(()) } else { self.store.delivered(&ids) }
+        if ids.is_empty() { Ok(()) } else { self.with_store(|store| store.delivered(&ids)) }
     }
 
     /// Questions of the API come before posts, but only those that wait now: neither starves the other.

@@ -22,7 +22,7 @@ use crate::windows::{WindowOptions, Windows};
 pub struct Parts<'a> {
     pub shared: Arc<Shared>,
     pub log: Log,
-    pub store: Store,
+    pub store: Box<dyn Store>,
     pub scorer: &'a mut dyn Scorer,
     pub questions: Receiver<Question>,
     pub alerts: Alerts,
@@ -37,7 +37,7 @@ impl<'a> Pipeline<'a> {
     /// # Errors
     /// A store or log that cannot be read, or that do not belong together; labels without a good and a bad one.
     pub fn resume(parts: Parts<'a>) -> Result<Self> {
-        let Parts { shared, log, store, scorer, questions, alerts, windows, options, stop } = parts;
+        let Parts { shared, log, mut store, scorer, questions, alerts, windows, options, stop } = parts;
         let polarity = Polarity::of(&shared.model.labels)?;
         let found = store.checkpoint()?;
         let mut windows = Windows::new(windows, polarity);
@@ -49,7 +49,7 @@ impl<'a> Pipeline<'a> {
             let for_windows = windows.oldest_needed();
             let for_copies =
                 if checkpoint.latest == Millis::MIN { Millis::MIN } else { remembered_since(checkpoint.latest) };
-            store.posts_since(for_windows.min(for_copies), |post, fingerprint| {
+            store.posts_since(for_windows.min(for_copies), &mut |post, fingerprint| {
                 let p = &post.post;
                 if p.event_time >= for_copies {
                     copies.observe(fingerprint, &p.source, &p.id, &p.author, None, p.event_time);
@@ -59,7 +59,7 @@ impl<'a> Pipeline<'a> {
                 }
             })?;
             let mut signals = Vec::new();
-            store.recent_signals(checkpoint.latest, |signal| {
+            store.recent_signals(checkpoint.latest, &mut |signal| {
                 windows.restore_signal(&signal);
                 signals.push(signal);
             })?;
