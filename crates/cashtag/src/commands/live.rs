@@ -351,17 +351,22 @@ fn x_options(args: &Args) -> anyhow::Result<XOptions> {
     };
     let Some(watch_list) = s.watch_list.clone() else { bail!(Usage("X needs --watch-list".into())) };
     let budget = data_path(args).join("x-budget.json");
-    let by_dollars = s.x_daily_dollars.map(|usd| (usd / s.x_price.max(1e-9)).max(0.0) as u64);
-    let daily_posts = match (s.x_daily_posts, by_dollars) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    };
     let mut options = XOptions::new(bearer.trim().to_owned(), watch_list, budget);
     options.base = s.x_url.trim_end_matches('/').to_owned();
     options.filter.clone_from(&s.x_filter);
-    options.daily_posts = daily_posts;
+    options.daily_posts = daily_posts(s.x_daily_posts, s.x_daily_dollars, s.x_price);
     options.backfill_minutes = s.x_backfill;
     Ok(options)
+}
+
+/// The tighter one of two budgets.
+fn daily_posts(posts: Option<u64>, dollars: Option<f64>, price: f64) -> Option<u64> {
+    // A posts' price of nothing would buy any number of them.
+    let bought = dollars.map(|usd| (usd / price.max(1e-9) + 1e-9).max(0.0) as u64);
+    match (posts, bought) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    }
 }
 
 fn data_path(args: &Args) -> PathBuf {
@@ -489,6 +494,16 @@ fn duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn budgets() {
+        assert_eq!(daily_posts(None, None, 0.005), None);
+        assert_eq!(daily_posts(None, Some(20.0), 0.005), Some(4_000));
+        assert_eq!(daily_posts(Some(100), Some(20.0), 0.005), Some(100));
+        assert_eq!(daily_posts(Some(5_000), Some(20.0), 0.005), Some(4_000));
+        assert_eq!(daily_posts(None, Some(0.3), 0.1), Some(3), "not two, because 0.1 is a little more than that");
+        assert_eq!(daily_posts(None, Some(-1.0), 0.0), Some(0));
+    }
 
     #[test]
     fn times() {

@@ -2,6 +2,8 @@
 //! oracle can compute every number from the input alone; the real model is tested with the binary.
 
 mod api;
+mod clock;
+mod disk;
 mod export;
 mod faults;
 mod jetstream;

@@ -3,6 +3,8 @@
 //! A shell stands between the test and the server: it ends the server and removes the directory when its standard input
 //! ends, so nothing is left behind by a test that panics or is killed.
 
+#![allow(dead_code, reason = "the tests of two crates use it, each a part")]
+
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;

@@ -1,12 +1,16 @@
 //! Files in, windows out.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use arrow_array::{ArrayRef, RecordBatch, StringArray, TimestampMillisecondArray};
+
 use cashtag_live::sources::Source;
 use cashtag_live::sources::file::{Replay, Speed};
+use parquet::arrow::ArrowWriter;
 
-use crate::oracle::{assert_same, lines, stream};
+use crate::oracle::{Given, assert_same, lines, stream};
 use crate::place::{Place, on_both};
 use crate::rig::{options, run_to_end, write};
 
@@ -51,6 +55,26 @@ fn csv_and_parquet_are_read_like_json() {
     let data = dir.path().join("data");
     run_to_end(options(&data), replay(write(dir.path(), "day.csv", &csv))).unwrap();
     assert_same(&data, &posts);
+    // Times as Parquet has them, and as text.
+    let text = |of: fn(&Given) -> String| -> ArrayRef { Arc::new(StringArray::from_iter_values(posts.iter().map(of))) };
+    let times = TimestampMillisecondArray::from_iter_values(posts.iter().map(|p| p.time)).with_timezone("UTC");
+    for (name, time) in [("day", Arc::new(times) as ArrayRef), ("texts", text(|p| cashtag_live::time::rfc3339(p.time)))]
+    {
+        let batch = RecordBatch::try_from_iter([
+            ("id", text(|p| p.id.clone())),
+            ("author", text(|p| p.author.clone())),
+            ("created_at", time),
+            ("text", text(|p| p.text.clone())),
+        ])
+        .unwrap();
+        let path = dir.path().join(format!("{name}.parquet"));
+        let mut writer = ArrowWriter::try_new(std::fs::File::create(&path).unwrap(), batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        let data = dir.path().join(name);
+        run_to_end(options(&data), replay(path)).unwrap();
+        assert_same(&data, &posts);
+    }
 }
 
 fn lines_that_are_none_become_dead_letters_and_the_rest_counts(place: &Place) {
