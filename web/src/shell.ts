@@ -135,7 +135,7 @@ function link(): HTMLElement {
 /** Nothing is lost meanwhile, so it says that, too. */
 function storeAway(health: StoreHealth): string {
   const since = health.since ? ` since ${clock(health.since)}` : "";
-  return `The store (${health.kind}) cannot be written${since}: ${health.detail} Posts are still taken and wait in the log; scores stand still until it is back.`;
+  return `The store (${health.kind}) cannot be written${since}: ${health.detail}. Posts are still taken and wait in the log; scores stand still until it is back.`;
 }
 
 /** One line under the header when the numbers cannot be trusted to be fresh. */

@@ -62,7 +62,7 @@ impl PostgresStore {
             std::thread::sleep(Duration::from_millis(200));
         }
         migrate(&session, address, MIGRATIONS)?;
-        session.execute("INSERT INTO owner SELECT $1 WHERE NOT EXISTS (SELECT FROM owner)", &[&log])?;
+        session.execute("INSERT INTO owner SELECT $1::text WHERE NOT EXISTS (SELECT FROM owner)", &[&log])?;
         let owner: String = get(&session, &session.query_one("SELECT log FROM owner", &[])?, 0)?;
         if owner != log {
             return Err(Error::Invalid(format!(
@@ -72,7 +72,7 @@ impl PostgresStore {
         }
         let (version, info) = (model.version(), model_json(model).to_string());
         session.execute(
-            "INSERT INTO models (version, info) SELECT $1, $2::text::json WHERE NOT EXISTS (SELECT FROM models WHERE version = $1)",
+            "INSERT INTO models (version, info) SELECT $1::text, $2::text::json WHERE NOT EXISTS (SELECT FROM models WHERE version = $1::text)",
             &[&version, &info],
         )?;
         let model = get(&session, &session.query_one("SELECT id FROM models WHERE version = $1", &[&version])?, 0)?;

@@ -163,7 +163,7 @@ impl Reader for PostgresReader {
     fn posts(&self, filter: &PostFilter) -> Result<Vec<Value>> {
         let before = filter.before.map_or(i64::MAX, |b| i64::try_from(b).unwrap_or(i64::MAX));
         let limit = filter.limit as i64;
-        let show = |row: &Row| {
+        let show = |row: &Row| -> Read<Value> {
             let (post, has_text) = post_of_row(row)?;
             Ok(post.to_json(&model_of(row.try_get(MODEL + 1)?), has_text))
         };

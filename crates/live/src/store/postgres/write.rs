@@ -19,8 +19,28 @@ fn clean(text: &str) -> Cow<'_, str> {
 }
 
 fn json(value: &impl serde::Serialize) -> String {
-    // An escaped U+0000 is the same inside of JSON.
-    serde_json::to_string(value).unwrap_or_default().replace("\\u0000", "\u{fffd}")
+    let text = serde_json::to_string(value).unwrap_or_default();
+    if text.contains("\\u0000") { without_zero(&text) } else { text }
+}
+
+/// An escaped U+0000 becomes U+FFFD; `\\u0000`, which is a backslash and five more characters, stays.
+fn without_zero(text: &str) -> String {
+    let (mut out, mut rest) = (String::with_capacity(text.len()), text);
+    while let Some(at) = rest.find('\\') {
+        out.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let end = match rest.strip_prefix("\\u0000") {
+            Some(behind) => {
+                out.push('\u{fffd}');
+                rest = behind;
+                continue;
+            }
+            None => rest.char_indices().nth(2).map_or(rest.len(), |(end, _)| end),
+        };
+        out.push_str(&rest[..end]);
+        rest = &rest[end..];
+    }
+    out + rest
 }
 
 /// Everything of a batch, inside of a transaction that the caller has begun.
@@ -238,4 +258,21 @@ fn checkpoint(session: &Session, checkpoint: &Checkpoint) -> Result<()> {
         &[&names, &cursors, &newest],
     )?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn only_real_zeros_are_replaced() {
+        for (given, want) in [
+            (
+                vec!["a\0b", "\\u0000", "\\\0", "\"\0\"", "\u{1}"],
+                vec!["a\u{fffd}b", "\\u0000", "\\\u{fffd}", "\"\u{fffd}\"", "\u{1}"],
+            ),
+            (vec!["plain"], vec!["plain"]),
+        ] {
+            let found: Vec<String> = serde_json::from_str(&super::json(&given)).unwrap();
+            assert_eq!(found, want);
+        }
+    }
 }
