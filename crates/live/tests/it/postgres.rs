@@ -76,7 +76,7 @@ fn a_server_that_is_away_for_a_while_loses_nothing_and_the_page_says_it() {
 #[test]
 fn a_start_waits_for_the_server() {
     let Some(mut server) = Server::start(&[]) else { return };
-    let mut place = Place::with(Some(server.database().1));
+    let place = Place::with(Some(server.database().1));
     server.crash();
     let posts = stream(300, 52);
     let path = write(place.dir.path(), "day.jsonl", &lines(&posts));
@@ -92,7 +92,6 @@ fn a_start_waits_for_the_server() {
     server.go_on();
     running.join().unwrap().unwrap();
     assert_same(&place, &posts);
-    place.url = None;
 }
 
 /// Between us and the server: each connection is cut when the answer to a COMMIT comes, for as long as there are cuts left.
