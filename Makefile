@@ -26,7 +26,10 @@ ARGS ?=
 NVRTC := nvidia-cuda-nvrtc==13.0.88
 NVRTC_FOLDER := $(abspath $(BUILD))/nvrtc
 
-.PHONY: help toolchain web web-tools build model nvrtc run demo test check format lint bench reference
+# Programs for a second opinion in the tests: readers of our files, a client of our server.
+TEST_TOOLS := $(abspath $(BUILD))/test-tools
+
+.PHONY: help toolchain web web-tools build nvrtc test-tools run demo test check format lint bench reference
 
 help:
 	@echo 'make run      build, then fine-tune the small model and judge it (ARGS="..." for flags of cashtag run)'
@@ -51,9 +54,6 @@ web-tools:
 build: toolchain web
 	$(CARGO) build --release --locked
 
-model: build
-	$(CASHTAG) pull smollm2-135m
-
 run: build
 	$(CASHTAG) run $(ARGS)
 
@@ -70,11 +70,19 @@ nvrtc:
 		PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-input --no-deps --only-binary :all: \
 			--target $(NVRTC_FOLDER) '$(NVRTC)' || echo 'no kernel compiler: CUDA kernels will not be compiled in the tests'; }
 
-# One build: tests are built with --release too. What a machine cannot test says so in a line "skipped: why"; the lines are
+test-tools:
+	@mkdir -p $(TEST_TOOLS)
+	@scripts/test-tools.sh $(TEST_TOOLS)
+
+# One build, the program among it: `make build` before it would build every crate once more, because what the tests depend on
+# asks the crates that both use for more features. What a machine cannot test says so in a line "skipped: why"; the lines are
 # listed at the end.
-test: web-tools model nvrtc
+test: toolchain web-tools nvrtc test-tools
+	$(CARGO) test --release --locked --workspace --no-run
+	$(CASHTAG) pull smollm2-135m
 	@$(CASHTAG) doctor
 	set -o pipefail; export CASHTAG_CUDA_LIBS=$(NVRTC_FOLDER)/nvidia/cu13/lib; \
+	if [[ -z "$$CASHTAG_TEST_PYTHON" && -x $(TEST_TOOLS)/python ]]; then export CASHTAG_TEST_PYTHON=$(TEST_TOOLS)/python; fi; \
 	$(CARGO) test --release --locked --workspace --no-fail-fast -- --show-output 2>&1 | tee $(BUILD)/test.log
 	@echo; if grep -q '^skipped' $(BUILD)/test.log; then echo 'Skipped on this machine (times, why):'; \
 		grep '^skipped' $(BUILD)/test.log | sort | uniq -c; else echo 'Nothing was skipped.'; fi

@@ -1,9 +1,15 @@
 //! The CPU backend: pure Rust, no BLAS.
 //!
-//! Two precisions: **bf16** operands with f32 accumulation (packed panels, `gemm`) on processors with AVX512-BF16, which is
-//! twice as fast as f32, or with AVX2, which is as fast and takes half the memory; and **f32** everywhere (the `gemm` crate),
-//! which is also the parity mode. Work is shared over a rayon pool of the backend's own, so
-//! that a number of threads can be asked for and a result repeats bit for bit with it.
+//! Two precisions: **bf16** on processors with AVX512-BF16 or AVX2, and **f32** everywhere (the `gemm` crate), which is also the
+//! parity mode. What bf16 means for matrix products depends on the processor:
+//!
+//! | | frozen layers | LoRA factors, attention, embedding and head |
+//! | --- | --- | --- |
+//! | AVX512-BF16 | bf16 operands, f32 sums | the same |
+//! | AVX2 | activations rounded to bf16, both operands in 16-bit fixed point, exact sums (`gemm/fixed`) | bf16 operands, f32 sums |
+//!
+//! Both are about twice as fast as f32 in the frozen layers and take half of its memory. Work is shared over a rayon pool of the
+//! backend's own, so that a number of threads can be asked for and a result repeats bit for bit with it.
 
 mod adamw8;
 mod attention;
@@ -26,7 +32,7 @@ use cashtag_backend::{
 pub use buffer::CpuBuffer;
 use buffer::{AnyView, AnyViewMut, Data, Memory, ViewMut, typed, view, view_mut};
 pub use linear::CpuWeight;
-use linear::{Form, Scratch};
+use linear::{Form, Scratch, Storage};
 use simd::{Bf16, Element, Isa};
 
 /// How matrix operands are stored.
@@ -40,6 +46,16 @@ impl Precision {
     /// bf16 where there is a kernel for it, f32 elsewhere.
     pub fn best() -> Self {
         if simd::isa() == Isa::Plain { Precision::F32 } else { Precision::Bf16 }
+    }
+
+    /// What this precision is on this processor, for a line of text.
+    pub fn describe(self) -> &'static str {
+        match (self, simd::isa()) {
+            (Precision::Bf16, Isa::Avx512) => "bf16 by AVX512-BF16",
+            (Precision::Bf16, Isa::Avx2) => "bf16, frozen layers in int16 by AVX2",
+            (Precision::Bf16, Isa::Plain) => "bf16 by scalar code (slow: this processor has no AVX2)",
+            (Precision::F32, _) => "f32",
+        }
     }
 }
 
@@ -78,7 +94,9 @@ impl CpuBackend {
         let bf16 = precision == Precision::Bf16;
         DryRules {
             compute: if bf16 { Dtype::Bf16 } else { Dtype::F32 },
-            weight: Box::new(move |out, inner, _| linear::weight_bytes(bf16, out, inner)),
+            weight: Box::new(move |out, inner, embedding| {
+                linear::weight_bytes(Storage::of(bf16, embedding), out, inner)
+            }),
             scratch: Box::new(move |product| linear::scratch_bytes(bf16, product)),
             lazy: true,
         }
@@ -122,16 +140,17 @@ impl Backend for CpuBackend {
 
     fn capabilities(&self) -> Capabilities {
         let (total, free) = memory_of_the_machine();
-        let (instructions, rate) = match (self.precision, simd::isa()) {
-            (Precision::Bf16, Isa::Avx512) => ("bf16 by AVX512-BF16", 125.0),
-            (Precision::Bf16, Isa::Avx2) => ("bf16 by AVX2", 60.0),
-            (Precision::Bf16, Isa::Plain) => ("bf16 by scalar code (slow: this processor has no AVX2)", 2.0),
-            (Precision::F32, Isa::Avx512 | Isa::Avx2) => ("f32", 45.0),
-            (Precision::F32, Isa::Plain) => ("f32", 10.0),
+        // GFLOP/s of a thread.
+        let rate = match (self.precision, simd::isa()) {
+            (Precision::Bf16, Isa::Avx512) => 125.0,
+            (Precision::Bf16, Isa::Avx2) => 110.0,
+            (Precision::Bf16, Isa::Plain) => 2.0,
+            (Precision::F32, Isa::Avx512 | Isa::Avx2) => 45.0,
+            (Precision::F32, Isa::Plain) => 10.0,
         };
         Capabilities {
             device: "cpu".into(),
-            description: format!("{}, {} threads, {instructions}", processor_name(), self.threads()),
+            description: format!("{}, {} threads, {}", processor_name(), self.threads(), self.precision.describe()),
             memory_total: total,
             memory_free: free,
             nominal_rate: rate * self.threads() as f64,
@@ -285,11 +304,13 @@ impl Backend for CpuBackend {
     }
 
     fn weight(&self, sources: &[&dyn WeightSource]) -> Result<CpuWeight> {
-        self.pool.install(|| CpuWeight::load(sources, self.precision == Precision::Bf16, &self.memory))
+        let storage = Storage::of(self.precision == Precision::Bf16, false);
+        self.pool.install(|| CpuWeight::load(sources, storage, &self.memory))
     }
 
     fn embedding(&self, source: &dyn WeightSource) -> Result<CpuWeight> {
-        self.weight(&[source])
+        let storage = Storage::of(self.precision == Precision::Bf16, true);
+        self.pool.install(|| CpuWeight::load(&[source], storage, &self.memory))
     }
 
     fn weight_shape(&self, w: &CpuWeight) -> (usize, usize) {

@@ -9,10 +9,11 @@ use gemm::Parallelism;
 use rayon::prelude::*;
 
 use crate::buffer::{AnyView, AnyViewMut, Held, Memory, View, ViewMut};
+use crate::gemm::fixed::{self, FixedPanels, FixedWeight};
 use crate::gemm::{
     AWords, COut, NR, Panels, TileOut, gemm as gemm_bf16, interleave_rows, pack_nn, pack_nt, transpose_panels,
 };
-use crate::simd::{Bf16, Element};
+use crate::simd::{Bf16, Element, Isa, isa};
 
 /// A frozen matrix `[out, in]`.
 #[derive(Debug)]
@@ -29,16 +30,46 @@ pub(crate) enum WeightData {
     F32(Vec<f32>),
     /// Panels of Wᵀ. The backward transposes them into scratch, a few percent of its time, so that they are held once.
     Bf16(Panels),
+    /// The same as 16-bit integers, where those multiply faster.
+    Fixed(FixedWeight),
+}
+
+/// How a frozen weight is stored on this processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Storage {
+    F32,
+    Bf16,
+    Fixed,
+}
+
+impl Storage {
+    /// Embeddings and heads stay bf16: their gradient has few large elements among many thousand tiny ones, which a scale for all
+    /// of them would lose.
+    pub(crate) fn of(bf16: bool, embedding: bool) -> Self {
+        match (bf16, embedding) {
+            (false, _) => Self::F32,
+            (true, false) if isa() == Isa::Avx2 => Self::Fixed,
+            (true, _) => Self::Bf16,
+        }
+    }
 }
 
 /// Packing buffers that are handed from call to call, so that a step allocates nothing.
 #[derive(Default)]
 pub(crate) struct Scratch {
     panels: Mutex<Vec<Panels>>,
+    fixed: Mutex<Vec<FixedPanels>>,
     words: Mutex<Vec<Vec<u32>>>,
 }
 
 impl Scratch {
+    fn with_fixed<R>(&self, f: impl FnOnce(&mut FixedPanels) -> R) -> R {
+        let mut panels = self.fixed.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
+        let result = f(&mut panels);
+        self.fixed.lock().unwrap_or_else(|e| e.into_inner()).push(panels);
+        result
+    }
+
     fn with_panels<R>(&self, f: impl FnOnce(&mut Panels) -> R) -> R {
         let mut panels = self.panels.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
         let result = f(&mut panels);
@@ -60,8 +91,12 @@ fn panel_words(k: usize, n: usize) -> usize {
 }
 
 /// Bytes that a frozen `[out, inner]` takes.
-pub(crate) fn weight_bytes(bf16: bool, out: usize, inner: usize) -> u64 {
-    4 * if bf16 { panel_words(inner, out) } else { out * inner } as u64
+pub(crate) fn weight_bytes(storage: Storage, out: usize, inner: usize) -> u64 {
+    4 * match storage {
+        Storage::F32 => out * inner,
+        Storage::Bf16 => panel_words(inner, out),
+        Storage::Fixed => fixed::panel_words(inner, out) + 2 * out.next_multiple_of(fixed::NR),
+    } as u64
 }
 
 /// Bytes that stay in the packing buffers after a product of bf16 operands.
@@ -69,7 +104,13 @@ pub(crate) fn scratch_bytes(bf16: bool, product: Product) -> u64 {
     if !bf16 {
         return 0;
     }
+    let is_fixed = Storage::of(bf16, false) == Storage::Fixed;
     let words = match product {
+        Product::Linear { rows, inner, .. } if is_fixed => fixed::row_words(rows, inner),
+        Product::LinearBackward { rows, out, inner } if is_fixed => {
+            let part = out.min(BACKWARD_ROWS);
+            fixed::panel_words(part, inner) + fixed::row_words(rows, part)
+        }
         Product::Linear { rows, inner, .. } => odd_words(rows, inner),
         // The transposed panels of a part of W; all of dy has its width.
         Product::LinearBackward { rows, out, inner } => {
@@ -78,6 +119,8 @@ pub(crate) fn scratch_bytes(bf16: bool, product: Product) -> u64 {
         }
         Product::Matmul { m, n, k, transposed_a: false } => panel_words(k, n) + odd_words(m, k),
         Product::Matmul { m, n, k, transposed_a: true } => panel_words(k, n) + k.div_ceil(2) * m,
+        // A few rows for each thread, which are given back.
+        Product::RowNorms { .. } => 0,
     };
     4 * words as u64
 }
@@ -92,7 +135,7 @@ const LOAD_ROWS: usize = NR;
 
 impl CpuWeight {
     /// Reads and stacks `sources` along their rows.
-    pub(crate) fn load(sources: &[&dyn WeightSource], bf16: bool, memory: &Arc<Memory>) -> Result<Self> {
+    pub(crate) fn load(sources: &[&dyn WeightSource], storage: Storage, memory: &Arc<Memory>) -> Result<Self> {
         let inner = sources.first().map_or(0, |s| s.cols());
         for s in sources {
             if s.cols() != inner {
@@ -101,38 +144,29 @@ impl CpuWeight {
             }
         }
         let out: usize = sources.iter().map(|s| s.rows()).sum();
-        let (data, bytes) = if bf16 {
-            let mut panels = Panels::default();
-            panels.reshape(inner, out);
-            let len = panels.panel_len();
-            if len > 0 {
-                panels.used().par_chunks_mut(len).enumerate().try_for_each_init(
-                    || (vec![0f32; LOAD_ROWS * inner], vec![Bf16::default(); LOAD_ROWS * inner], Panels::default()),
-                    |(wide, narrow, one), (p, target)| -> Result<()> {
-                        let rows = p * NR..((p + 1) * NR).min(out);
-                        let n = rows.len();
-                        read_stacked(sources, rows, &mut wide[..n * inner])?;
-                        for (b, f) in narrow.iter_mut().zip(&wide[..n * inner]) {
-                            *b = Bf16::from_f32(*f);
-                        }
-                        pack_nt(narrow, inner, n, inner, one, false);
-                        target.copy_from_slice(one.used());
-                        Ok(())
-                    },
-                )?;
+        let (data, bytes) = match storage {
+            Storage::Fixed => {
+                let read = |rows: Range<usize>, target: &mut [f32]| read_stacked(sources, rows, target);
+                let weight = FixedWeight::load(out, inner, BACKWARD_ROWS, read)?;
+                let bytes = weight.bytes();
+                (WeightData::Fixed(weight), bytes)
             }
-            let bytes = panels.words.len() * 4;
-            (WeightData::Bf16(panels), bytes)
-        } else {
-            let mut w = vec![0f32; out * inner];
-            if inner > 0 {
-                w.par_chunks_mut(LOAD_ROWS * inner).enumerate().try_for_each(|(chunk, rows)| {
-                    let first = chunk * LOAD_ROWS;
-                    read_stacked(sources, first..first + rows.len() / inner, rows)
-                })?;
+            Storage::Bf16 => {
+                let panels = load_bf16(sources, out, inner)?;
+                let bytes = panels.words.len() * 4;
+                (WeightData::Bf16(panels), bytes)
             }
-            let bytes = w.len() * 4;
-            (WeightData::F32(w), bytes)
+            Storage::F32 => {
+                let mut w = vec![0f32; out * inner];
+                if inner > 0 {
+                    w.par_chunks_mut(LOAD_ROWS * inner).enumerate().try_for_each(|(chunk, rows)| {
+                        let first = chunk * LOAD_ROWS;
+                        read_stacked(sources, first..first + rows.len() / inner, rows)
+                    })?;
+                }
+                let bytes = w.len() * 4;
+                (WeightData::F32(w), bytes)
+            }
         };
         Ok(Self { out, inner, data, _held: Held::new(memory, bytes) })
     }
@@ -146,8 +180,32 @@ impl CpuWeight {
                     *t = panels.get(k, row).to_f32();
                 }
             }
+            WeightData::Fixed(weight) => weight.read_row(row, target),
         }
     }
+}
+
+fn load_bf16(sources: &[&dyn WeightSource], out: usize, inner: usize) -> Result<Panels> {
+    let mut panels = Panels::default();
+    panels.reshape(inner, out);
+    let len = panels.panel_len();
+    if len > 0 {
+        panels.used().par_chunks_mut(len).enumerate().try_for_each_init(
+            || (vec![0f32; LOAD_ROWS * inner], vec![Bf16::default(); LOAD_ROWS * inner], Panels::default()),
+            |(wide, narrow, one), (p, target)| -> Result<()> {
+                let rows = p * NR..((p + 1) * NR).min(out);
+                let n = rows.len();
+                read_stacked(sources, rows, &mut wide[..n * inner])?;
+                for (b, f) in narrow.iter_mut().zip(&wide[..n * inner]) {
+                    *b = Bf16::from_f32(*f);
+                }
+                pack_nt(narrow, inner, n, inner, one, false);
+                target.copy_from_slice(one.used());
+                Ok(())
+            },
+        )?;
+    }
+    Ok(panels)
 }
 
 fn read_stacked(sources: &[&dyn WeightSource], rows: Range<usize>, out: &mut [f32]) -> Result<()> {
@@ -315,6 +373,16 @@ pub(crate) fn linear(x: AnyView<'_>, w: &CpuWeight, accumulate: bool, mut y: Any
             // SAFETY: x and y are views of these sizes; y is borrowed mutably.
             with_a_words(x, scratch, |a| unsafe { gemm_bf16(1.0, a, panels, accumulate, out, true) });
         }
+        WeightData::Fixed(weight) => {
+            let x = bf16(x);
+            let (out, rows, cols) = c_out(&mut y);
+            assert_eq!((x.rows, x.cols, w.out), (rows, w.inner, cols), "linear: shapes do not fit");
+            scratch.with_words(|words| {
+                let x = fixed::quantise(x, None, weight.norms(), words);
+                // SAFETY: y is a view of this size, borrowed mutably.
+                unsafe { fixed::gemm(&x, weight.panels(), Some(weight.scales()), accumulate, out) }
+            });
+        }
         WeightData::F32(data) => {
             let AnyViewMut::F32(y) = y else { panic!("float32 weights need a float32 result") };
             let w = View { data, rows: w.out, cols: w.inner, stride: w.inner };
@@ -346,6 +414,24 @@ pub(crate) fn linear_backward(
                     let accumulate = accumulate || first > 0;
                     // SAFETY: dy and dx are views of these sizes; dx is borrowed mutably.
                     with_a_words(dy, scratch, |a| unsafe { gemm_bf16(1.0, a, panels, accumulate, out, true) });
+                }
+            });
+        }
+        WeightData::Fixed(weight) => {
+            let dy = bf16(dy);
+            let (out, rows, cols) = c_out(&mut dx);
+            assert_eq!((dy.rows, dy.cols, w.inner), (rows, w.out, cols), "linear_backward: shapes do not fit");
+            scratch.with_fixed(|panels| {
+                for (index, first) in (0..w.out).step_by(BACKWARD_ROWS).enumerate() {
+                    let part = first..(first + BACKWARD_ROWS).min(w.out);
+                    weight.transpose(part.clone(), panels);
+                    let dy = dy.part(0, dy.rows, part.start, part.len());
+                    let (factors, norms) = weight.backward_part(index);
+                    scratch.with_words(|words| {
+                        let dy = fixed::quantise(dy, Some(factors), norms, words);
+                        // SAFETY: dx is a view of this size, borrowed mutably.
+                        unsafe { fixed::gemm(&dy, panels, None, accumulate || first > 0, out) }
+                    });
                 }
             });
         }

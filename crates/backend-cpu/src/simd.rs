@@ -2,7 +2,8 @@
 //!
 //! Element-wise kernels are written as plain loops over slices that the compiler vectorises; [`simd!`] gives each twins with
 //! wider registers. All do the same f32 operations in the same order (no fused multiply-add is written), so the choice does
-//! not change a bit of the result. Explicit intrinsics are only in `gemm/avx512.rs` and `gemm/avx2.rs`.
+//! not change a bit of the result. Explicit intrinsics are only in `gemm/avx512.rs`, `gemm/avx2.rs` and
+//! `gemm/fixed/kernel.rs`.
 
 use std::sync::OnceLock;
 

@@ -24,6 +24,7 @@ pub(crate) enum Family {
     Adamw8,
     Attention,
     AttentionAny,
+    Dora,
     Dropout,
     Elementwise,
     Lora,
@@ -45,11 +46,12 @@ const HEADERS: [(&CStr, &str); 5] = [
 
 impl Family {
     #[cfg(test)]
-    pub(crate) const ALL: [Family; 13] = [
+    pub(crate) const ALL: [Family; 14] = [
         Family::Adamw,
         Family::Adamw8,
         Family::Attention,
         Family::AttentionAny,
+        Family::Dora,
         Family::Dropout,
         Family::Elementwise,
         Family::Lora,
@@ -67,6 +69,7 @@ impl Family {
             Family::Adamw8 => ("adamw8.cu", include_str!("../kernels/adamw8.cu")),
             Family::Attention => ("attention.cu", include_str!("../kernels/attention.cu")),
             Family::AttentionAny => ("attention_any.cu", include_str!("../kernels/attention_any.cu")),
+            Family::Dora => ("dora.cu", include_str!("../kernels/dora.cu")),
             Family::Dropout => ("dropout.cu", include_str!("../kernels/dropout.cu")),
             Family::Elementwise => ("elementwise.cu", include_str!("../kernels/elementwise.cu")),
             Family::Lora => ("lora.cu", include_str!("../kernels/lora.cu")),

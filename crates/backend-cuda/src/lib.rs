@@ -7,11 +7,14 @@
 //! Invariants:
 //!
 //! - Everything runs on one stream in the order of the calls. Only [`download`](Backend::download),
-//!   [`synchronize`](Backend::synchronize) and [`sum_of_squares`](Backend::sum_of_squares) wait for the card.
+//!   [`synchronize`](Backend::synchronize), [`sum_of_squares`](Backend::sum_of_squares) and
+//!   [`adapted_row_norms`](Backend::adapted_row_norms) wait for the card.
 //! - No atomics: every sum has a fixed order, so the same inputs give the same bits on the same card.
 //! - Compute dtypes bf16 (from sm_80), f16 and f32. Products sum in f32; norms, softmax and losses are f32.
 
 mod attention;
+mod collective;
+mod dora;
 mod driver;
 mod fused;
 mod gemm;
@@ -38,6 +41,7 @@ use cashtag_backend::{
 use half::{bf16, f16};
 
 use crate::attention::Layouts;
+use crate::collective::Collective;
 use crate::driver::Device;
 use crate::gemm::{Form, Gemm};
 use crate::kernels::Kernels;
@@ -101,6 +105,7 @@ const WIDE_SHARE: f64 = 0.6;
 /// What the operations need; they are written in the modules of their families. Fields that hold device memory or modules come before the
 /// device, which is released last.
 pub(crate) struct Core {
+    collective: Collective,
     gemm: Gemm,
     kernels: Kernels,
     layouts: Layouts,
@@ -148,6 +153,7 @@ impl CudaBackend {
         let (free, _) = device.memory()?;
         Ok(Self {
             core: Core {
+                collective: Collective::default(),
                 gemm: Gemm::new(&allocator)?,
                 kernels: Kernels::new(&device, options.kernel_cache.clone()),
                 layouts: Layouts::default(),
@@ -324,6 +330,18 @@ impl Backend for CudaBackend {
 
     fn synchronize(&self) -> Result<()> {
         self.core.device.synchronize()
+    }
+
+    fn collective_id(&self) -> Result<Option<Vec<u8>>> {
+        self.core.collective.id(&self.core.device)
+    }
+
+    fn join_collective(&self, id: &[u8], rank: usize, size: usize) -> Result<()> {
+        self.core.collective.join(&self.core.device, id, rank, size)
+    }
+
+    fn all_reduce(&self, x: &mut CudaBuffer) -> Result<()> {
+        self.core.collective.all_reduce(&self.core.device, x)
     }
 
     fn memory(&self) -> (u64, u64) {
@@ -532,5 +550,35 @@ impl Backend for CudaBackend {
         compute: &mut CudaBuffer,
     ) -> Result<()> {
         self.core.adamw_8bit(hyper, parameter, gradient, &moments, compute)
+    }
+
+    fn has_dora(&self) -> bool {
+        true
+    }
+
+    fn scale_columns(&self, scale: &CudaBuffer, offset: usize, x: MatMut<'_, CudaBuffer>) -> Result<()> {
+        self.core.scale_columns(scale, offset, of_mut(&x))
+    }
+
+    fn column_dots(
+        &self,
+        a: Mat<'_, CudaBuffer>,
+        b: Mat<'_, CudaBuffer>,
+        scale: &CudaBuffer,
+        offset: usize,
+        out: &mut CudaBuffer,
+    ) -> Result<()> {
+        self.core.column_dots(of(a), of(b), scale, offset, out)
+    }
+
+    fn adapted_row_norms(
+        &self,
+        w: &CudaWeight,
+        first: usize,
+        scale: f32,
+        a: Mat<'_, CudaBuffer>,
+        b: Mat<'_, CudaBuffer>,
+    ) -> Result<Vec<f32>> {
+        self.core.adapted_row_norms(w, first, scale, of(a), of(b))
     }
 }

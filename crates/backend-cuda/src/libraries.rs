@@ -97,6 +97,28 @@ pub(crate) fn cublaslt() -> Result<&'static Library, String> {
         .map_err(Clone::clone)
 }
 
+/// Sums over several cards. Only looked for when there are several.
+pub(crate) fn nccl() -> Result<&'static Library, String> {
+    static NCCL: OnceLock<Result<Library, String>> = OnceLock::new();
+    NCCL.get_or_init(|| {
+        let hint = "the library libnccl.so.2 was not found\n  hint: pip install nvidia-nccl-cu13";
+        let path = open("libnccl.so", &["2"], &[]).ok_or(hint)?;
+        // SAFETY: probes the loader only.
+        if !unsafe { cudarc::nccl::sys::is_culib_present() } {
+            return Err(hint.into());
+        }
+        let mut v = 0;
+        // SAFETY: the library is open; the pointer is to a local.
+        let result = unsafe { cudarc::nccl::sys::ncclGetVersion(&mut v) };
+        if result != cudarc::nccl::sys::ncclResult_t::ncclSuccess {
+            return Err(format!("libnccl.so.2 does not say its version ({result:?})"));
+        }
+        Ok(Library { path, version: format!("{}.{}.{}", v / 10_000, v / 100 % 100, v % 100) })
+    })
+    .as_ref()
+    .map_err(Clone::clone)
+}
+
 /// Major versions that may be used, the best first.
 fn majors() -> Vec<&'static str> {
     match cuda() {

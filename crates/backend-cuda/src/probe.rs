@@ -29,6 +29,8 @@ pub struct Probe {
     pub gpus: Vec<Gpu>,
     pub nvrtc: Result<libraries::Library, String>,
     pub cublaslt: Result<libraries::Library, String>,
+    /// Needed for training on several cards only.
+    pub nccl: Result<libraries::Library, String>,
     pub kernel_cache: Option<PathBuf>,
 }
 
@@ -60,7 +62,7 @@ pub fn probe() -> Probe {
             Vec::new()
         }
     };
-    let gpus = gpus
+    let gpus: Vec<Gpu> = gpus
         .into_iter()
         .zip(0..)
         .map(|(f, ordinal)| Gpu {
@@ -72,11 +74,14 @@ pub fn probe() -> Probe {
             bf16: f.sm >= 80,
         })
         .collect();
+    // A large library, of use to several cards only.
+    let nccl = if gpus.len() > 1 { libraries::nccl().cloned() } else { Err("one card needs none".into()) };
     Probe {
         driver: found,
         gpus,
         nvrtc: libraries::nvrtc().cloned(),
         cublaslt: libraries::cublaslt().cloned(),
+        nccl,
         kernel_cache: cache_folder(),
     }
 }
@@ -90,6 +95,9 @@ impl fmt::Display for Probe {
         line("driver", &self.driver)?;
         line("NVRTC", &self.nvrtc)?;
         line("cuBLASLt", &self.cublaslt)?;
+        if self.gpus.len() > 1 {
+            line("NCCL", &self.nccl)?;
+        }
         for g in &self.gpus {
             let gib = g.memory_bytes as f64 / (1u64 << 30) as f64;
             writeln!(

@@ -152,6 +152,7 @@ impl Budget {
         let part = match product {
             Product::Linear { out, inner, .. } if nf4 => part(out, inner, self.options.compute).1,
             Product::LinearBackward { out, inner, .. } if nf4 => part(inner, out, self.options.compute).1,
+            Product::RowNorms { rows, inner } => crate::dora::workspace(rows, inner, self.options.compute, nf4),
             _ => 0,
         };
         (crate::gemm::WORKSPACE + part) as u64

@@ -351,6 +351,27 @@ pub trait Backend: Send + Sync + 'static {
         compute: &mut Self::Buffer,
     ) -> Result<()>;
 
+    // --- several devices ---------------------------------------------------------------------------------------------
+
+    /// What one rank makes and gives to all, so that their devices find each other; `None` if devices of this kind cannot sum among
+    /// themselves (then the host does it).
+    fn collective_id(&self) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    /// Joins the devices that have the same `id`; returns when all `size` are there. `None` by
+    /// [`collective_id`](Self::collective_id) excludes it.
+    fn join_collective(&self, _id: &[u8], _rank: usize, _size: usize) -> Result<()> {
+        let what = "this device has no collective operations".into();
+        Err(Error::Device { device: self.capabilities().device, what })
+    }
+
+    /// `x ← Σ x over the joined devices`, f32, the same bits on all of them.
+    fn all_reduce(&self, _x: &mut Self::Buffer) -> Result<()> {
+        let what = "this device has joined no others".into();
+        Err(Error::Device { device: self.capabilities().device, what })
+    }
+
     // --- DoRA --------------------------------------------------------------------------------------------------------
 
     /// Whether the operations of this section are there; the others of this trait are always.

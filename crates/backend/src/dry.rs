@@ -36,6 +36,11 @@ pub enum Product {
         k: usize,
         transposed_a: bool,
     },
+    /// [`Backend::adapted_row_norms`] of `rows` rows of `inner` columns.
+    RowNorms {
+        rows: usize,
+        inner: usize,
+    },
 }
 
 type WeightRule = Box<dyn Fn(usize, usize, bool) -> u64 + Send + Sync>;
@@ -482,12 +487,13 @@ impl Backend for DryBackend {
 
     fn adapted_row_norms(
         &self,
-        _: &DryWeight,
+        w: &DryWeight,
         _: usize,
         _: f32,
         _: Mat<'_, DryBuffer>,
         b: Mat<'_, DryBuffer>,
     ) -> Result<Vec<f32>> {
+        self.product(Product::RowNorms { rows: b.rows, inner: w.inner });
         Ok(vec![1.0; b.rows])
     }
 }

@@ -43,7 +43,8 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(|e| e.is::<Interrupted>()) {
         return ExitCode::from(signal_code());
     }
-    crate::progress::print_line(&render(error));
+    let rank = crate::pipeline::ranks::other_rank().map(|rank| format!("rank {rank}: ")).unwrap_or_default();
+    crate::progress::print_line(&(rank + &render(error)));
     let usage = error.chain().any(|e| e.is::<Usage>() || e.is::<SettingsError>() || e.is::<clap::Error>());
     ExitCode::from(if usage { 2 } else { 1 })
 }

@@ -61,7 +61,9 @@ fn run() -> ExitCode {
         }
     };
     let Global { verbose, quiet, color } = cli.global;
-    output::configure(verbose.min(9) as i8 - quiet.min(9) as i8, color.unwrap_or_default());
+    // Of several processes of one run, one talks.
+    let others = i8::from(pipeline::ranks::other_rank().is_some());
+    output::configure(verbose.min(9) as i8 - quiet.min(9) as i8 - others, color.unwrap_or_default());
     if let Err(e) = exit::listen() {
         output::warn(format!("Ctrl-C cannot be handled: {e}"));
     }

@@ -8,6 +8,7 @@
 //! read from outside, not written, or written outside its view is a failure whatever the tolerance.
 
 mod attention;
+mod dora;
 mod elementwise;
 mod harness;
 mod linear;
@@ -29,11 +30,19 @@ pub enum Family {
     Attention,
     Loss,
     Optimizer,
+    Dora,
 }
 
 impl Family {
-    pub const ALL: [Family; 6] =
-        [Family::Elementwise, Family::Norm, Family::Linear, Family::Attention, Family::Loss, Family::Optimizer];
+    pub const ALL: [Family; 7] = [
+        Family::Elementwise,
+        Family::Norm,
+        Family::Linear,
+        Family::Attention,
+        Family::Loss,
+        Family::Optimizer,
+        Family::Dora,
+    ];
 }
 
 /// Runs one family for `rounds` rounds of random shapes.
@@ -53,6 +62,7 @@ pub fn run<A: Backend, B: Backend>(
             Family::Attention => attention::run(&mut harness),
             Family::Loss => loss::run(&mut harness),
             Family::Optimizer => optimizer::run(&mut harness),
+            Family::Dora => dora::run(&mut harness),
         };
         if let Err(e) = result {
             harness.fail(format!("{family:?}: {e}"));

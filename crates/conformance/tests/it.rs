@@ -49,7 +49,7 @@ macro_rules! suite {
         }
     };
 }
-suite!(elementwise: Elementwise, norm: Norm, linear: Linear, attention: Attention, loss: Loss, optimizer: Optimizer);
+suite!(elementwise: Elementwise, norm: Norm, linear: Linear, attention: Attention, loss: Loss, optimizer: Optimizer, dora: Dora);
 
 mod cuda_nf4 {
     use super::*;
@@ -58,6 +58,12 @@ mod cuda_nf4 {
     fn linear_from_codes() {
         cuda(Family::Linear, Dtype::Bf16, true, Resident::Nf4);
         cuda(Family::Linear, Dtype::F16, true, Resident::Nf4);
+    }
+
+    #[test]
+    fn norms_from_codes() {
+        cuda(Family::Dora, Dtype::Bf16, true, Resident::Nf4);
+        cuda(Family::Dora, Dtype::F16, true, Resident::Nf4);
     }
 
     #[test]

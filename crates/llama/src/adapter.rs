@@ -30,6 +30,20 @@ pub struct ClassifierConfig {
     pub base_model: String,
 }
 
+impl ClassifierConfig {
+    /// What stands in a directory of an adapter or of a merged model; `None` if nothing does.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is damaged.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(CLASSIFIER_FILE);
+        if !path.exists() {
+            return Ok(None);
+        }
+        serde_json::from_value(read_json(&path)?).map(Some).map_err(|e| bad(&path, e.to_string()))
+    }
+}
+
 /// An adapter read from disk.
 #[derive(Clone, Debug)]
 pub struct Adapter {
@@ -73,13 +87,7 @@ impl Adapter {
         lora.validate(model)?;
         let base_model = config["base_model_name_or_path"].as_str().map(str::to_string);
         let tensors = load_tensors(&dir.join(WEIGHTS_FILE), &lora, model)?;
-        let path = dir.join(CLASSIFIER_FILE);
-        let classifier = if path.exists() {
-            Some(serde_json::from_value(read_json(&path)?).map_err(|e| bad(&path, e.to_string()))?)
-        } else {
-            None
-        };
-        Ok(Self { lora, tensors, base_model, classifier })
+        Ok(Self { lora, tensors, base_model, classifier: ClassifierConfig::read(dir)? })
     }
 
     /// Writes the directory, each file to a temporary name first.

@@ -73,6 +73,8 @@ pub struct TrainingArguments {
     pub neftune_noise_alpha: f32,
     pub loraplus_lr_ratio: f32,
     pub seed: u64,
+    /// Processes that train together, each on a device of its own.
+    pub world_size: usize,
 }
 
 impl Default for TrainingArguments {
@@ -111,13 +113,19 @@ impl Default for TrainingArguments {
             neftune_noise_alpha: 0.0,
             loraplus_lr_ratio: 1.0,
             seed: 42,
+            world_size: 1,
         }
     }
 }
 
 impl TrainingArguments {
-    /// Examples of one optimizer step.
+    /// Examples of one optimizer step, of all ranks together.
     pub fn examples_per_step(&self) -> usize {
+        self.examples_per_rank() * self.world_size
+    }
+
+    /// Examples of one optimizer step on one device.
+    pub fn examples_per_rank(&self) -> usize {
         self.per_device_train_batch_size * self.gradient_accumulation_steps
     }
 

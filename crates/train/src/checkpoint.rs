@@ -47,6 +47,55 @@ fn bytes_of(values: &[f32]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
+fn views(optimizer: &OptimizerState) -> Result<Vec<(String, TensorView<'_>)>> {
+    let mut views = Vec::new();
+    for (name, values) in &optimizer.tensors {
+        let (dtype, len, bytes) = match values {
+            Values::F32(v) => (Dtype::F32, v.len(), bytes_of(v)),
+            Values::U8(v) => (Dtype::U8, v.len(), &v[..]),
+        };
+        let view = TensorView::new(dtype, vec![len], bytes).map_err(|e| Error::Invalid(e.to_string()))?;
+        views.push((name.clone(), view));
+    }
+    Ok(views)
+}
+
+fn metadata(position: &Position) -> Result<HashMap<String, String>> {
+    let text = serde_json::to_string(position).map_err(|e| Error::Invalid(e.to_string()))?;
+    Ok(HashMap::from([("position".to_string(), text)]))
+}
+
+/// The safetensors file of a state.
+pub(crate) fn to_bytes(position: &Position, optimizer: &OptimizerState) -> Result<Vec<u8>> {
+    safetensors::serialize(views(optimizer)?, Some(metadata(position)?)).map_err(|e| Error::Invalid(e.to_string()))
+}
+
+/// Reads [`to_bytes`] back; what is wrong with them, if something is.
+pub(crate) fn from_bytes(bytes: &[u8], expected: &[Expected]) -> Result<(Position, OptimizerState), String> {
+    let file = SafeTensors::deserialize(bytes).map_err(|e| format!("it is damaged: {e}"))?;
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| format!("it is damaged: {e}"))?;
+    let text = header.metadata().as_ref().and_then(|m| m.get("position"));
+    let text = text.ok_or("there is no position in it")?;
+    let position: Position = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    let mut tensors = Vec::with_capacity(expected.len());
+    for Expected { name, len, codes } in expected {
+        let tensor = file.tensor(name).map_err(|e| format!("{name}: {e}"))?;
+        let dtype = if *codes { Dtype::U8 } else { Dtype::F32 };
+        if tensor.dtype() != dtype || tensor.shape() != [*len] {
+            let (found, shape) = (tensor.dtype(), tensor.shape());
+            return Err(format!("{name} is {found:?} of shape {shape:?}, this run needs {dtype:?} of [{len}]"));
+        }
+        let values = if *codes {
+            Values::U8(tensor.data().to_vec())
+        } else {
+            let words = tensor.data().chunks_exact(4);
+            Values::F32(words.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        };
+        tensors.push((name.clone(), values));
+    }
+    Ok((position, OptimizerState { tensors }))
+}
+
 /// Writes `<run>/checkpoint-<step>/` and returns its path.
 ///
 /// # Errors
@@ -65,19 +114,13 @@ pub fn save(
     let write = || -> Result<()> {
         fs::create_dir_all(&temporary).map_err(write_error(&temporary))?;
         adapter.save(&temporary, model)?;
-        let mut views = Vec::new();
-        for (name, values) in &optimizer.tensors {
-            let (dtype, len, bytes) = match values {
-                Values::F32(v) => (Dtype::F32, v.len(), bytes_of(v)),
-                Values::U8(v) => (Dtype::U8, v.len(), &v[..]),
-            };
-            let view = TensorView::new(dtype, vec![len], bytes).map_err(|e| Error::Invalid(e.to_string()))?;
-            views.push((name.clone(), view));
-        }
-        let text = serde_json::to_string(position).map_err(|e| Error::Invalid(e.to_string()))?;
-        let metadata = HashMap::from([("position".to_string(), text)]);
-        let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::Invalid(e.to_string()))?;
-        write_atomically(&temporary.join(STATE_FILE), &bytes)?;
+        // Tensor by tensor: all of them once more in one piece would be the largest thing that a run on a CPU holds.
+        let file = temporary.join(STATE_FILE);
+        safetensors::serialize_to_file(views(optimizer)?, Some(metadata(position)?), &file).map_err(|e| match e {
+            safetensors::SafeTensorError::IoError(source) => Error::Write { path: file.clone(), source },
+            other => Error::Invalid(other.to_string()),
+        })?;
+        fs::File::open(&file).and_then(|f| f.sync_all()).map_err(write_error(&file))?;
         let text = serde_json::to_string_pretty(&position.state.to_json(arguments))
             .map_err(|e| Error::Invalid(e.to_string()))?;
         write_atomically(&temporary.join(TRAINER_STATE_FILE), (text + "\n").as_bytes())?;
@@ -121,30 +164,8 @@ pub struct Loaded {
 pub fn load(path: &Path, expected: &[Expected]) -> Result<Loaded> {
     let bad = |what: String| Error::Checkpoint { path: path.to_owned(), what };
     let bytes = fs::read(path.join(STATE_FILE)).map_err(|e| bad(format!("{STATE_FILE}: {e}")))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(format!("{STATE_FILE} is damaged: {e}")))?;
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(format!("{STATE_FILE} is damaged: {e}")))?;
-    let text = header.metadata().as_ref().and_then(|m| m.get("position"));
-    let text = text.ok_or_else(|| bad(format!("{STATE_FILE} has no position in it")))?;
-    let position: Position = serde_json::from_str(text).map_err(|e| bad(format!("{STATE_FILE}: {e}")))?;
-    let mut tensors = Vec::with_capacity(expected.len());
-    for Expected { name, len, codes } in expected {
-        let tensor = file.tensor(name).map_err(|e| bad(format!("{STATE_FILE}: {name}: {e}")))?;
-        let dtype = if *codes { Dtype::U8 } else { Dtype::F32 };
-        if tensor.dtype() != dtype || tensor.shape() != [*len] {
-            let (found, shape) = (tensor.dtype(), tensor.shape());
-            return Err(bad(format!(
-                "{STATE_FILE}: {name} is {found:?} of shape {shape:?}, this run needs {dtype:?} of [{len}]"
-            )));
-        }
-        let values = if *codes {
-            Values::U8(tensor.data().to_vec())
-        } else {
-            let words = tensor.data().chunks_exact(4);
-            Values::F32(words.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-        };
-        tensors.push((name.clone(), values));
-    }
-    Ok(Loaded { path: path.to_owned(), position, optimizer: OptimizerState { tensors } })
+    let (position, optimizer) = from_bytes(&bytes, expected).map_err(|e| bad(format!("{STATE_FILE}: {e}")))?;
+    Ok(Loaded { path: path.to_owned(), position, optimizer })
 }
 
 /// The newest checkpoint that can be read; what is wrong with newer ones is said through `warn`.

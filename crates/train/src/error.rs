@@ -21,6 +21,10 @@ pub enum Error {
         kept(last_good)
     )]
     NotFinite { step: usize, times: usize, examples: String, last_good: Option<PathBuf> },
+    #[error(
+        "rank {rank} ended before the training did\n  hint: what it said itself tells why; --resume auto goes on from the last checkpoint"
+    )]
+    RankLost { rank: usize },
     #[error("{0}")]
     Invalid(String),
 }

@@ -6,13 +6,15 @@
 //! - [`Trainer`]: steps, gradient clipping, evaluation, checkpoints, early stopping, resume.
 //! - [`LossScale`]: dynamic loss scaling for fp16.
 //! - [`tensorboard`]: event files that TensorBoard opens.
+//! - [`distributed`]: one run on several devices, a process for each.
 //! - [`checkpoint`]: `checkpoint-N/` directories with PEFT files, `trainer_state.json` and the exact state in safetensors.
 //!
-//! Invariant: a step covers exactly `per_device_train_batch_size × gradient_accumulation_steps` examples and its gradient is
+//! Invariant: a step covers exactly `per_device_train_batch_size × gradient_accumulation_steps` examples of every rank and its gradient is
 //! the sum over their label tokens divided by the number of those tokens, however they were packed into micro-batches.
 
 mod arguments;
 pub mod checkpoint;
+pub mod distributed;
 mod error;
 mod loss_scale;
 mod optimizer_state;

@@ -11,6 +11,7 @@ use cashtag_llama::packing::{TokenizedExample, bins, pack, shared_tokens};
 
 use crate::arguments::{Optimizer, SaveStrategy, TrainingArguments};
 use crate::checkpoint::{self, Position};
+use crate::distributed::Group;
 use crate::error::{Error, Result};
 use crate::loss_scale::{self, LossScale};
 use crate::optimizer_state::OptimizerState;
@@ -108,6 +109,8 @@ pub struct Trainer<'a, B: Backend> {
     pub resume: bool,
     /// What dynamic loss scaling begins with; `None` is 65536 where fp16 is computed in, and none elsewhere.
     pub loss_scale: Option<f32>,
+    /// The other processes of this run. All of them have the same model, data and arguments.
+    pub group: Option<Group>,
 }
 
 struct Loop {
@@ -135,7 +138,7 @@ impl<B: Backend> Trainer<'_, B> {
         let shared = |e: &TokenizedExample| shared_tokens(e, &self.prefix, a.train_on);
         let longest = self.train.iter().chain(&self.eval).map(|e| e.tokens.len()).max().unwrap_or(1);
         let (budget, together) = if a.packing {
-            (a.max_tokens_per_batch, a.examples_per_step())
+            (a.max_tokens_per_batch, a.examples_per_rank())
         } else {
             (usize::MAX, a.per_device_train_batch_size)
         };
@@ -164,7 +167,10 @@ impl<B: Backend> Trainer<'_, B> {
                 "there are no training examples\n  hint: check --data, or raise train_examples".into(),
             ));
         }
-        std::fs::create_dir_all(&self.run_dir).map_err(|source| Error::Write { path: self.run_dir.clone(), source })?;
+        if self.is_main() {
+            std::fs::create_dir_all(&self.run_dir)
+                .map_err(|source| Error::Write { path: self.run_dir.clone(), source })?;
+        }
         let total = self.arguments.total_steps(n);
         if self.arguments.optim == Optimizer::AdamW8bit {
             self.lora.use_8bit_moments(self.backend)?;
@@ -194,16 +200,15 @@ impl<B: Backend> Trainer<'_, B> {
             device: 0.0,
             early_stop: false,
         };
-        if self.resume {
-            let expected = OptimizerState::expected(&self.lora)?;
-            let found = checkpoint::newest(&self.run_dir, &expected, &self.fingerprint, |w| observer.warn(&w))?;
-            if let Some(found) = found {
-                found.optimizer.upload(self.backend, &mut self.lora)?;
-                l.position = found.position;
-                l.early_stop = self.is_out_of_patience(&l.position.state);
-            }
+        if self.resume
+            && let Some((position, optimizer)) = self.newest(observer)?
+        {
+            optimizer.upload(self.backend, &mut self.lora)?;
+            l.position = position;
+            l.early_stop = self.is_out_of_patience(&l.position.state);
         }
         self.model.prepare(self.backend, &mut self.lora)?;
+        self.meet(observer)?;
         let begun = l.position.state.global_step;
         observer.begin(begun);
         let mut reason = EndReason::Finished;
@@ -235,7 +240,7 @@ impl<B: Backend> Trainer<'_, B> {
                 l.device += start.elapsed().as_secs_f64();
                 l.early_stop = self.is_out_of_patience(&l.position.state);
             }
-            let stop = observer.should_stop();
+            let stop = self.anybody(observer.should_stop())?;
             let last = step == total || l.early_stop;
             if save || stop || (keep_best && better) || (last && self.arguments.save_strategy != SaveStrategy::No) {
                 self.save(&l.position, observer)?;
@@ -253,6 +258,7 @@ impl<B: Backend> Trainer<'_, B> {
             self.log_end(&mut l, step - begun, observer);
         }
         if reason != EndReason::Interrupted
+            && self.is_main()
             && self.arguments.load_best_model_at_end
             && let Some(best) = l.position.state.best_global_step
             && best != step
@@ -290,7 +296,13 @@ impl<B: Backend> Trainer<'_, B> {
         let a = self.arguments.clone();
         let n = self.train.len();
         let step = l.position.state.global_step;
-        let chosen = step_examples(n, a.examples_per_step(), a.seed, step, &mut l.order);
+        let all = step_examples(n, a.examples_per_step(), a.seed, step, &mut l.order);
+        let chosen = match &self.group {
+            Some(group) => all[group.share(all.len())].to_vec(),
+            None => all.clone(),
+        };
+        // Dropout differs between ranks, and does not between runs.
+        let seed = a.seed ^ self.group.as_ref().map_or(0, |g| (g.rank() as u64) << 48);
         timed(&mut l.device, || self.lora.zero_grad(self.backend))?;
         let (mut loss, mut tokens, mut rows) = (0.0, 0.0, 0);
         // Those whose own loss is not finite.
@@ -300,7 +312,7 @@ impl<B: Backend> Trainer<'_, B> {
             for range in self.micro_batches(&examples) {
                 let batch = pack(&examples[range.clone()], &self.prefix, a.train_on);
                 let pass = TrainPass {
-                    random: Some((a.seed, l.position.micro_step)),
+                    random: Some((seed, l.position.micro_step)),
                     label_smoothing: a.label_smoothing_factor,
                     loss_scale: l.position.loss_scale.scale,
                     neftune_alpha: a.neftune_noise_alpha,
@@ -316,6 +328,19 @@ impl<B: Backend> Trainer<'_, B> {
                 }
             }
         }
+        let mut micro_step = l.position.micro_step;
+        if let Some(group) = &mut self.group {
+            let bad = culprits.first().map_or(-1.0, |&i| i as f64);
+            let mine = [loss, tokens, rows as f64, f64::from(micro_step), bad];
+            let everybody = group.gather_numbers(&mine)?;
+            let sum = |i: usize| everybody.iter().map(|of| of[i]).sum::<f64>();
+            (loss, tokens, rows) = (sum(0), sum(1), sum(2) as usize);
+            // The counter that is saved must be past that of every rank.
+            micro_step = everybody.iter().map(|of| of[3] as u32).max().unwrap_or(micro_step);
+            culprits.extend(everybody.iter().map(|of| of[4]).filter(|&bad| bad >= 0.0).map(|bad| bad as usize));
+            timed(&mut l.device, || reduce_gradients(self.backend, &mut self.lora, group))?;
+        }
+        l.position.micro_step = micro_step;
         let tokens = if tokens > 0.0 { tokens } else { 1.0 };
         let loss = loss / tokens;
         let unscale = 1.0 / (tokens * f64::from(l.position.loss_scale.scale));
@@ -350,7 +375,7 @@ impl<B: Backend> Trainer<'_, B> {
         } else {
             culprits.sort_unstable();
             culprits.dedup();
-            self.skip(l, step, (loss, grad_norm), if culprits.is_empty() { &chosen } else { &culprits }, observer)?;
+            self.skip(l, step, (loss, grad_norm), if culprits.is_empty() { &all } else { &culprits }, observer)?;
         }
         let state = &mut l.position.state;
         state.global_step += 1;
@@ -368,7 +393,7 @@ impl<B: Backend> Trainer<'_, B> {
             loss,
             grad_norm,
             learning_rate: rate,
-            examples: chosen.len(),
+            examples: all.len(),
             rows,
             seconds: start.elapsed().as_secs_f64(),
         })
@@ -450,13 +475,14 @@ impl<B: Backend> Trainer<'_, B> {
     ///
     /// # Errors
     /// The device fails.
-    pub fn eval_loss(&self, ws: &mut Workspace<B>) -> Result<f64> {
+    pub fn eval_loss(&mut self, ws: &mut Workspace<B>) -> Result<f64> {
         Ok(self.eval_batches(ws)?.0)
     }
 
-    /// As [`eval_loss`](Self::eval_loss), with the number of batches.
-    fn eval_batches(&self, ws: &mut Workspace<B>) -> Result<(f64, usize)> {
-        let examples: Vec<&TokenizedExample> = self.eval.iter().collect();
+    /// As [`eval_loss`](Self::eval_loss), with the number of batches; each rank takes a part.
+    fn eval_batches(&mut self, ws: &mut Workspace<B>) -> Result<(f64, usize)> {
+        let part = self.group.as_ref().map_or(0..self.eval.len(), |g| g.share(self.eval.len()));
+        let examples: Vec<&TokenizedExample> = self.eval[part].iter().collect();
         let a = &self.arguments;
         let most = if a.packing { usize::MAX } else { a.per_device_eval_batch_size };
         let (mut loss, mut tokens, mut batches) = (0.0, 0.0, 0);
@@ -466,6 +492,11 @@ impl<B: Backend> Trainer<'_, B> {
             loss += self.model.loss(self.backend, &batch, Some(&self.lora), 0.0, ws)?.sum();
             tokens += batch.weights.iter().map(|&w| f64::from(w)).sum::<f64>();
         }
+        if let Some(group) = &mut self.group {
+            let everybody = group.gather_numbers(&[loss, tokens, batches as f64])?;
+            let sum = |i: usize| everybody.iter().map(|of| of[i]).sum::<f64>();
+            (loss, tokens, batches) = (sum(0), sum(1), sum(2) as usize);
+        }
         Ok((loss / f64::max(tokens, 1.0), batches))
     }
 
@@ -473,7 +504,7 @@ impl<B: Backend> Trainer<'_, B> {
     fn evaluate(&mut self, l: &mut Loop, ws: &mut Workspace<B>, observer: &mut dyn Observer<B>) -> Result<bool> {
         let start = Instant::now();
         let (loss, batches) = self.eval_batches(ws)?;
-        let mut entry = observer.evaluate(&self.lora)?;
+        let mut entry = if self.is_main() { observer.evaluate(&self.lora)? } else { LogEntry::new() };
         let seconds = start.elapsed().as_secs_f64();
         let state = &mut l.position.state;
         entry.insert("eval_loss".into(), loss);
@@ -482,6 +513,10 @@ impl<B: Backend> Trainer<'_, B> {
         entry.insert("eval_steps_per_second".into(), batches as f64 / seconds.max(1e-9));
         entry.insert("epoch".into(), state.epoch);
         entry.insert("step".into(), state.global_step as f64);
+        // Whoever decides by these figures must have the same.
+        if let Some(group) = &mut self.group {
+            entry = group.share_entry(entry)?;
+        }
         observer.log(&entry);
         let metric = self.arguments.metric_for_best_model.clone();
         let metric = if metric.starts_with("eval_") { metric } else { format!("eval_{metric}") };
@@ -522,7 +557,70 @@ impl<B: Backend> Trainer<'_, B> {
         })
     }
 
+    fn is_main(&self) -> bool {
+        self.group.as_ref().is_none_or(Group::is_main)
+    }
+
+    /// Whether it is so on any rank.
+    fn anybody(&mut self, here: bool) -> Result<bool> {
+        match &mut self.group {
+            Some(group) => Ok(group.gather(&[u8::from(here)])?.iter().any(|said| said == &[1])),
+            None => Ok(here),
+        }
+    }
+
+    /// The newest checkpoint, as rank 0 finds it.
+    fn newest(&mut self, observer: &mut dyn Observer<B>) -> Result<Option<(Position, OptimizerState)>> {
+        let expected = OptimizerState::expected(&self.lora)?;
+        let mut found = None;
+        if self.is_main() {
+            let newest = checkpoint::newest(&self.run_dir, &expected, &self.fingerprint, |w| observer.warn(&w))?;
+            found = newest.map(|l| (l.position, l.optimizer));
+        }
+        let Some(group) = &mut self.group else { return Ok(found) };
+        let bytes = match &found {
+            Some((position, optimizer)) => checkpoint::to_bytes(position, optimizer)?,
+            None => Vec::new(),
+        };
+        let bytes = group.broadcast(bytes)?;
+        if group.is_main() || bytes.is_empty() {
+            return Ok(found);
+        }
+        let bad = |what| Error::Invalid(format!("the checkpoint that rank 0 sent: {what}"));
+        checkpoint::from_bytes(&bytes, &expected).map(Some).map_err(bad)
+    }
+
+    /// Finds out whether all begin with the same factors, and joins the devices if they can be.
+    fn meet(&mut self, observer: &mut dyn Observer<B>) -> Result<()> {
+        let Some(group) = &mut self.group else { return Ok(()) };
+        let mut squares = Vec::new();
+        for (_, of) in self.lora.groups() {
+            squares.push(self.backend.sum_of_squares(&of.parameter)?);
+        }
+        let everybody = group.gather_numbers(&squares)?;
+        let differs = |of: &Vec<f64>| of.iter().zip(&everybody[0]).any(|(a, b)| (a - b).abs() > 1e-6 * b.abs());
+        if let Some(rank) = everybody.iter().position(differs) {
+            let hint = "start all ranks with the same command and the same files";
+            return Err(Error::Invalid(format!("rank {rank} begins with another adapter than rank 0\n  hint: {hint}")));
+        }
+        let id = self.backend.collective_id()?;
+        let all_can = group.gather(&[u8::from(id.is_some())])?.iter().all(|said| said == &[1]);
+        let id = group.broadcast(id.unwrap_or_default())?;
+        if all_can {
+            self.backend.join_collective(&id, group.rank(), group.size())?;
+        } else if group.is_main() && self.backend.capabilities().device != "cpu" {
+            observer.warn(
+                "gradients are summed on the host: libnccl.so.2 is missing on a rank (pip install nvidia-nccl-cu13)",
+            );
+        }
+        group.on_device = all_can;
+        Ok(())
+    }
+
     fn save(&self, position: &Position, observer: &mut dyn Observer<B>) -> Result<()> {
+        if !self.is_main() {
+            return Ok(());
+        }
         let optimizer = OptimizerState::download(self.backend, &self.lora)?;
         let config = self.model.config();
         let path = checkpoint::save(&self.run_dir, &self.adapter()?, config, &optimizer, position, &self.arguments)?;
@@ -542,6 +640,27 @@ impl<B: Backend> Trainer<'_, B> {
         }
         Ok(())
     }
+}
+
+/// Sums the gradients of all ranks.
+fn reduce_gradients<B: Backend>(backend: &B, lora: &mut Lora<B>, group: &mut Group) -> Result<()> {
+    if group.on_device {
+        // Whoever waits for the device waits without end for a rank that is gone: so all say first that they are here.
+        group.gather(&[])?;
+    }
+    for (_, of) in lora.groups_mut() {
+        let len = of.len;
+        let Some(training) = &mut of.training else { continue };
+        if group.on_device {
+            backend.all_reduce(&mut training.gradient)?;
+            continue;
+        }
+        let mut host = vec![0.0; len];
+        backend.download(&training.gradient, 0, &mut host)?;
+        group.sum(&mut host)?;
+        backend.upload(&host, &mut training.gradient, 0)?;
+    }
+    Ok(())
 }
 
 fn epoch_of(step: usize, examples: usize, per_step: usize) -> f64 {

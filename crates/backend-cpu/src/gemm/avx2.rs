@@ -1,7 +1,8 @@
 //! The AVX2 micro-kernel: the same words and panels as `avx512.rs`, widened to f32 on the way into the multiply.
 //!
 //! A processor with AVX2 and FMA but without `vdpbf16ps` multiplies bf16 no faster than f32, but as fast: widening a bf16
-//! is a shift or a mask, and those run beside the multipliers. What is gained is half of the memory and of its traffic.
+//! is a shift or a mask, and those run beside the multipliers. What is gained is half of the memory and of its traffic. The frozen layers,
+//! most of the work, go by `fixed` instead; this kernel does the LoRA factors, attention and the head.
 //!
 //! ```text
 //!   B panel, half of NR:   16 words per kk      → low  (word << 16)         two ymm

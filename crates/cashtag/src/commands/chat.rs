@@ -21,6 +21,10 @@ use crate::{exit, output};
 /// The longest line.
 const MAX_LINE: u64 = 1 << 20;
 
+/// What can be said beside text.
+const HELP: &str = "/new forgets the conversation, /system TEXT begins anew with that system message, /quit or Ctrl-D ends; \
+Ctrl-C ends an answer";
+
 #[derive(clap::Args)]
 #[command(
     after_help = "In a conversation: /new forgets it, /system TEXT begins anew with that system message, /quit ends. \
@@ -73,7 +77,10 @@ impl Job for Chat<'_> {
         };
         let terminal = io::stdin().is_terminal();
         if terminal {
-            output::note(format!("{}; /quit or Ctrl-D ends", writer.checkpoint.describe()));
+            output::note(format!(
+                "{}; /help says what can be typed, /quit or Ctrl-D ends",
+                writer.checkpoint.describe()
+            ));
             if let Some(system) = &talk.system {
                 output::note(format!("system message: {system}"));
             }
@@ -88,6 +95,7 @@ impl Job for Chat<'_> {
                 "" => {}
                 "/quit" | "/exit" => return Ok(()),
                 "/new" => talk.begin(),
+                "/help" | "/?" => output::note(HELP),
                 said => match said.strip_prefix("/system") {
                     Some(rest) if rest.is_empty() || rest.starts_with(char::is_whitespace) => {
                         talk.system = Some(rest.trim().to_string()).filter(|s| !s.is_empty());

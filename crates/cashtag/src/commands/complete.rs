@@ -93,7 +93,14 @@ fn standard_input() -> anyhow::Result<String> {
     if bytes.len() as u64 > MAX_PROMPT {
         bail!("standard input is longer than {MAX_PROMPT} bytes\n  hint: --in FILE takes many prompts");
     }
-    String::from_utf8(bytes).map_err(|_| anyhow!("standard input is not UTF-8"))
+    let mut text = String::from_utf8(bytes).map_err(|_| {
+        anyhow!("standard input is not UTF-8\n  hint: convert it, for example with iconv -f latin1 -t utf-8")
+    })?;
+    // The line break that ends a file or an `echo` is no part of what is asked.
+    if text.ends_with('\n') {
+        text.truncate(text.len() - if text.ends_with("\r\n") { 2 } else { 1 });
+    }
+    Ok(text)
 }
 
 enum Work {
@@ -185,13 +192,18 @@ fn one<B: Backend>(
         }
     }
     let seconds = started.elapsed().as_secs_f64();
+    if json {
+        output::data(&(Value::from(answer.object()).to_string() + "\n"))?;
+    } else {
+        print_piece("\n")?;
+    }
     output::detail(format!(
         "{} tokens read, {} written, {:.1} tokens/s",
         answer.prompt_tokens,
         answer.completion_tokens,
         answer.completion_tokens as f64 / seconds
     ));
-    if json { output::data(&(Value::from(answer.object()).to_string() + "\n")) } else { print_piece("\n") }
+    Ok(())
 }
 
 fn many<B: Backend>(
@@ -255,7 +267,9 @@ impl Prompt {
     }
 
     fn from_json(line: &str) -> anyhow::Result<Self> {
-        let fields: Map<String, Value> = serde_json::from_str(line)?;
+        let fields: Map<String, Value> = serde_json::from_str(line).map_err(|e| {
+            anyhow!("{e}\n  hint: each line of a .jsonl file is one object, such as {{\"prompt\": \"…\"}}")
+        })?;
         let said = match (fields.get("prompt"), fields.get("messages")) {
             (Some(Value::String(text)), None) => Said::Text(text.clone()),
             (None, Some(messages)) => {

@@ -84,10 +84,11 @@ fn features() -> String {
 }
 
 /// What `precision = "auto"` gives on the CPU.
-fn precision() -> &'static str {
-    match cashtag_backend_cpu::Precision::best() {
-        cashtag_backend_cpu::Precision::Bf16 => "bf16 (f32 with --precision f32)",
-        cashtag_backend_cpu::Precision::F32 => "f32 (bf16 needs AVX2 and FMA)",
+fn precision() -> String {
+    let best = cashtag_backend_cpu::Precision::best();
+    match best {
+        cashtag_backend_cpu::Precision::Bf16 => format!("{} (f32 with --precision f32)", best.describe()),
+        cashtag_backend_cpu::Precision::F32 => "f32 (bf16 needs AVX2 and FMA)".into(),
     }
 }
 

@@ -6,14 +6,14 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
-use cashtag_llama::adapter::{Adapter, CLASSIFIER_FILE, write_atomically};
+use cashtag_llama::adapter::{Adapter, CLASSIFIER_FILE, ClassifierConfig, write_atomically};
 use cashtag_llama::chat::Message;
 use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::export::{Dtype16, GgufType, HfOptions, Merged, write_gguf, write_gguf_lora, write_hf};
 
 use crate::exit::{self, Usage};
 use crate::output;
-use crate::pipeline::engine;
+use crate::pipeline::engine::{self, OpenedModel};
 use crate::progress::{Progress, Unit};
 use crate::settings::{Flags, Inference};
 
@@ -67,14 +67,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let mut settings = args.settings.resolve()?;
     let named = settings.is_set("model.name");
     engine::follow_base_model(&mut settings, named);
-    let (checkpoint, adapter) = engine::open_model(&settings)?;
+    let OpenedModel { checkpoint, adapter, trained } = engine::open_model(&settings)?;
     if adapter.is_none() {
         match args.to {
             Form::GgufLora => bail!(Usage("--to gguf-lora writes an adapter\n  hint: name it with --adapter".into())),
             _ => output::note("no --adapter: the model is written as it is"),
         }
     }
-    let job = Export { checkpoint: &checkpoint, adapter: adapter.as_ref(), name: name_of(&args.out) };
+    let job = Export {
+        checkpoint: &checkpoint,
+        adapter: adapter.as_ref(),
+        trained: trained.as_ref(),
+        name: name_of(&args.out),
+    };
     let parent = match args.out.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -96,7 +101,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     }
     put(&made, &args.out, scratch.path()).with_context(cannot)?;
     output::data(&format!("{}: {}\n", args.out.display(), output::bytes(size_of(&args.out))))?;
-    if let Some(classifier) = adapter.as_ref().and_then(|a| a.classifier.as_ref())
+    if let Some(classifier) = &trained
         && let Some(system) = &classifier.system_message
         && args.to != Form::Ollama
     {
@@ -177,6 +182,8 @@ fn size_of(path: &Path) -> u64 {
 struct Export<'a> {
     checkpoint: &'a Checkpoint,
     adapter: Option<&'a Adapter>,
+    /// How the model is to be asked.
+    trained: Option<&'a ClassifierConfig>,
     name: String,
 }
 
@@ -189,7 +196,7 @@ impl Export<'_> {
         std::fs::create_dir(dir)?;
         let bar = Progress::new("writing", Unit::Bytes, None);
         write_hf(dir, &self.merged_model(), options, &mut watch(&bar))?;
-        if let Some(classifier) = self.adapter.and_then(|a| a.classifier.as_ref()) {
+        if let Some(classifier) = self.trained {
             let text = serde_json::to_string_pretty(classifier)? + "\n";
             write_atomically(&dir.join(CLASSIFIER_FILE), text.as_bytes())?;
         }
@@ -248,7 +255,7 @@ impl Export<'_> {
         let mut text = format!(
             "FROM ./{MODEL_FILE}\nTEMPLATE \"\"\"{{{{ if .System }}}}{head}{{{{ .System }}}}{middle}{{{{ else }}}}{without}{{{{ end }}}}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}\"\"\"\n"
         );
-        if let Some(classifier) = self.adapter.and_then(|a| a.classifier.as_ref()) {
+        if let Some(classifier) = self.trained {
             if let Some(system) = &classifier.system_message {
                 if system.contains("\"\"\"") {
                     bail!("the system message holds \"\"\", which a Modelfile cannot\n  hint: --to gguf");

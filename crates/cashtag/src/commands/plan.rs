@@ -96,7 +96,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let process = Process::now(&opened.checkpoint);
     let planned = plan::plan(&settings, &opened, parts, target.rules(&settings)?)?;
     let needed = match target {
-        Target::Cpu(_) => planned.device_bytes() + process.total(),
+        Target::Cpu(_) => planned.device_bytes() + process.total() + planned.checkpoint,
         Target::Gpu { .. } => planned.device_bytes() + CONTEXT,
     };
     let there = target.capabilities()?.memory_free;
@@ -156,6 +156,7 @@ fn text(
         Target::Cpu(_) => {
             line("program, tokenizer, texts", process.program);
             line("model file, mapped", process.model_file);
+            line("while a checkpoint is written", p.checkpoint);
         }
         Target::Gpu { .. } => line("CUDA context", CONTEXT),
     }

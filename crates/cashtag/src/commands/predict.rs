@@ -74,7 +74,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let named = settings.is_set("model.name");
     engine::follow_base_model(&mut settings, named);
     let opened = engine::open(&settings)?;
-    if opened.adapter.is_none() {
+    if opened.adapter.is_none() && opened.trained.is_none() {
         output::note(format!(
             "no --adapter: the base model {} answers, which was not fine-tuned for this",
             settings.model.name
@@ -344,7 +344,10 @@ impl Table {
         let (format, model) = (&opened.format, &settings.model);
         add(format!("{:?} {:?} {:?}", format.labels(), format.system_message(), format.max_seq_length()).as_bytes());
         add(format!("{:?} {:?} {:?}", model.device, model.precision, opened.temperature()).as_bytes());
-        for value in opened.adapter.iter().flat_map(|a| a.tensors.a.iter().chain(&a.tensors.b)) {
+        for value in opened.adapter.iter().flat_map(|a| {
+            let t = &a.tensors;
+            t.a.iter().chain(&t.b).chain(&t.magnitude)
+        }) {
             hash.update(value.to_le_bytes());
         }
         hash.finalize().into()

@@ -13,6 +13,7 @@ use crate::pipeline::device::{self, Job};
 use crate::pipeline::engine::{self, Classifier, LabelledText, Opened};
 use crate::pipeline::fine_tune::{self, Inputs};
 use crate::pipeline::plan::{Forecast, Parts};
+use crate::pipeline::ranks::{self, Gpus};
 use crate::pipeline::report::{self, EXAMPLES, Findings};
 use crate::settings::{Flags, Settings};
 
@@ -25,10 +26,15 @@ pub(crate) struct Args {
     #[command(flatten)]
     reading: Reading,
     #[command(flatten)]
+    gpus: Gpus,
+    #[command(flatten)]
     settings: Flags,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    if ranks::launch(&args.gpus)? {
+        return Ok(());
+    }
     let (settings, opened) = fine_tune::open(&args.settings)?;
     device::run(&settings, Run { settings: &settings, reading: &args.reading, opened })
 }
@@ -63,6 +69,10 @@ impl Job for Run<'_> {
                 classifier.temperature = temperature;
                 classifier.judge(what, texts)
             };
+        if ranks::other_rank().is_some() {
+            inputs.train(&backend, &model, &opened, s, "")?;
+            return Ok(());
+        }
         let seven = examples(&labels);
         // An adapter to begin with is a part of what stands before.
         let begun = engine::load_lora(&backend, &model, opened.adapter.as_ref())?;

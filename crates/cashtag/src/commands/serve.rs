@@ -13,7 +13,7 @@ use cashtag_http::keys::{append, generate};
 use cashtag_http::log::{Format, Level};
 use cashtag_http::metrics::Registry;
 use cashtag_http::{Config, Guard, Keys, Limits, Listen, Log, Role, Server, TlsFiles};
-use cashtag_llama::adapter::Adapter;
+use cashtag_llama::adapter::{Adapter, ClassifierConfig};
 use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::prompt::Label;
 use cashtag_serve::routes::{Service, Tickers, error_shape};
@@ -24,7 +24,7 @@ use serde_json::json;
 use crate::exit::{self, Usage};
 use crate::output;
 use crate::pipeline::device::{self, Job};
-use crate::pipeline::engine;
+use crate::pipeline::engine::{self, OpenedModel};
 use crate::settings::{Flags, Inference, Settings};
 
 #[derive(clap::Args)]
@@ -129,6 +129,9 @@ struct ListenFlags {
     /// Connections at a time
     #[arg(long, default_value_t = 1024, value_name = "N", value_parser = at_least_one, help_heading = "HTTP")]
     max_connections: usize,
+    /// Seconds for a head or a body to come, and for a client to take the next bytes of its answer
+    #[arg(long, default_value_t = 30.0, value_name = "SECONDS", value_parser = seconds, help_heading = "HTTP")]
+    io_timeout: f64,
     /// Seconds that requests have to end after SIGTERM
     #[arg(long, default_value_t = 30.0, value_name = "SECONDS", value_parser = seconds, help_heading = "HTTP")]
     drain_timeout: f64,
@@ -201,6 +204,7 @@ impl ListenFlags {
 
     fn config(self, log: Log, metrics: Registry) -> anyhow::Result<Config> {
         let keys = self.keys()?;
+        let patience = Duration::from_secs_f64(self.io_timeout);
         Ok(Config {
             listen: Listen { host: self.host, port: self.port, allow_no_key: self.allow_no_key },
             tls: self.tls_cert.zip(self.tls_key).map(|(certificate, key)| TlsFiles { certificate, key }),
@@ -214,6 +218,9 @@ impl ListenFlags {
             limits: Limits {
                 connections: self.max_connections,
                 body_bytes: self.payload_limit,
+                head: patience,
+                body: patience,
+                write: patience,
                 drain: Duration::from_secs_f64(self.drain_timeout),
                 ..Limits::default()
             },
@@ -252,7 +259,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let mut settings = settings.resolve()?;
     let named = settings.is_set("model.name");
     engine::follow_base_model(&mut settings, named);
-    let (checkpoint, adapter) = engine::open_model(&settings)?;
+    let OpenedModel { checkpoint, adapter, trained } = engine::open_model(&settings)?;
+    // An adapter's own is with the adapter; the base model beside it is asked as the settings say.
+    let trained = trained.filter(|_| adapter.is_none());
     let (name, adapters) = names(&settings, served_model_name, adapter, &lora_modules, &checkpoint)?;
     let level = match (output::is_quiet(), output::is_verbose()) {
         (true, _) => Level::Error,
@@ -284,7 +293,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         .name("engine".into())
         .spawn(move || {
             let settings_of_device = settings.clone();
-            device::run(&settings_of_device, Serve { settings, worker, checkpoint, name, adapters })
+            device::run(&settings_of_device, Serve { settings, worker, checkpoint, trained, name, adapters })
         })
         .context("no thread for the engine")?;
     let (watched, watching) = (engine.clone(), log.clone());
@@ -385,6 +394,7 @@ struct Serve {
     settings: Settings,
     worker: Worker,
     checkpoint: Checkpoint,
+    trained: Option<ClassifierConfig>,
     name: String,
     adapters: Vec<Named>,
 }
@@ -393,7 +403,7 @@ impl Job for Serve {
     type Output = ();
 
     fn run<B: Backend>(self, backend: B) -> anyhow::Result<()> {
-        let Serve { settings, worker, checkpoint, name, adapters } = self;
+        let Serve { settings, worker, checkpoint, trained, name, adapters } = self;
         let model = engine::load(&backend, &checkpoint)?;
         let d = &settings.data;
         let prompting = Prompting {
@@ -402,6 +412,6 @@ impl Job for Serve {
             max_seq_length: d.max_seq_length,
             overrides: ["data.system_message", "data.labels", "data.max_seq_length"].map(|id| settings.is_set(id)),
         };
-        Ok(worker.run(backend, Parts { model, checkpoint, name, prompting, adapters })?)
+        Ok(worker.run(backend, Parts { model, checkpoint, trained, name, prompting, adapters })?)
     }
 }

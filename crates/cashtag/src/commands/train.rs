@@ -8,6 +8,7 @@ use crate::pipeline::device::{self, Job};
 use crate::pipeline::engine::{self, Opened};
 use crate::pipeline::fine_tune::{self, Inputs};
 use crate::pipeline::plan::{Forecast, Parts};
+use crate::pipeline::ranks::{self, Gpus};
 use crate::settings::{Flags, Settings};
 
 #[derive(clap::Args)]
@@ -19,10 +20,15 @@ pub(crate) struct Args {
     #[command(flatten)]
     reading: Reading,
     #[command(flatten)]
+    gpus: Gpus,
+    #[command(flatten)]
     settings: Flags,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    if ranks::launch(&args.gpus)? {
+        return Ok(());
+    }
     let (settings, opened) = fine_tune::open(&args.settings)?;
     device::run(&settings, Train { settings: &settings, reading: &args.reading, opened })
 }
@@ -45,6 +51,9 @@ impl Job for Train<'_> {
         let forecast = Forecast::new(&backend, s, &opened, parts)?;
         let model = engine::load(&backend, &opened.checkpoint)?;
         let trained = inputs.train(&backend, &model, &opened, s, &inputs.resume_command("train", reading))?;
+        if ranks::other_rank().is_some() {
+            return Ok(());
+        }
         let temperature = inputs.keep(&backend, &model, &opened, s, &trained)?;
 
         let outcome = &trained.outcome;

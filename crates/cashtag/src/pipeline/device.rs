@@ -5,6 +5,7 @@ use cashtag_backend::{Backend, Dtype};
 use cashtag_backend_cpu::{CpuBackend, Precision as CpuPrecision};
 use cashtag_backend_cuda::{CudaBackend, Options, probe};
 
+use super::ranks;
 use crate::exit::Usage;
 use crate::settings::{self, Device, Precision, Settings};
 use crate::{hub, output};
@@ -24,11 +25,11 @@ pub(crate) trait Job {
 pub(crate) fn run<J: Job>(settings: &Settings, job: J) -> anyhow::Result<J::Output> {
     match settings.model.device {
         Device::Cpu => job.run(cpu(settings)?),
-        Device::Cuda(ordinal) => job.run(cuda(settings, ordinal)?),
+        Device::Cuda(ordinal) => job.run(cuda(settings, ordinal + local_rank()?)?),
         Device::Auto => {
             let found = probe();
             if found.usable() {
-                return job.run(cuda(settings, 0)?);
+                return job.run(cuda(settings, local_rank()?)?);
             }
             if let Some(missing) = found.missing() {
                 output::detail(format!("no GPU is used: {missing}"));
@@ -36,6 +37,11 @@ pub(crate) fn run<J: Job>(settings: &Settings, job: J) -> anyhow::Result<J::Outp
             job.run(cpu(settings)?)
         }
     }
+}
+
+/// Which GPU of the machine is this process's, counted from the first that is used.
+fn local_rank() -> anyhow::Result<usize> {
+    Ok(ranks::world()?.map_or(0, |w| w.local_rank))
 }
 
 fn cuda(settings: &Settings, ordinal: usize) -> anyhow::Result<CudaBackend> {
@@ -65,7 +71,7 @@ pub(crate) fn cuda_options(settings: &Settings, compute: Dtype) -> Options {
 }
 
 fn cpu(settings: &Settings) -> anyhow::Result<CpuBackend> {
-    CpuBackend::new(cpu_precision(settings)?, settings.model.threads).context("the CPU cannot be used")
+    CpuBackend::new(cpu_precision(settings)?, ranks::threads(settings.model.threads)?).context("the CPU cannot be used")
 }
 
 /// What the CPU computes in.

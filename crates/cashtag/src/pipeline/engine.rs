@@ -24,12 +24,21 @@ pub(crate) struct Opened {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) format: PromptFormat,
     pub(crate) adapter: Option<Adapter>,
+    /// How the adapter, or a merged model, was trained to be asked.
+    pub(crate) trained: Option<ClassifierConfig>,
+}
+
+/// A model with its adapter, without a prompt for labels.
+pub(crate) struct OpenedModel {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) adapter: Option<Adapter>,
+    pub(crate) trained: Option<ClassifierConfig>,
 }
 
 impl Opened {
-    /// The temperature that was fitted for the adapter; 1 leaves the probabilities as the model gives them.
+    /// The temperature that was fitted after training; 1 leaves the probabilities as the model gives them.
     pub(crate) fn temperature(&self) -> f32 {
-        let fitted = self.adapter.as_ref().and_then(|a| Some(a.classifier.as_ref()?.temperature));
+        let fitted = self.trained.as_ref().map(|t| t.temperature);
         fitted.filter(|t| t.is_finite() && *t > 0.0).unwrap_or(1.0)
     }
 }
@@ -39,16 +48,16 @@ impl Opened {
 /// # Errors
 /// No such model, damaged files, an adapter that does not fit.
 pub(crate) fn open(settings: &Settings) -> anyhow::Result<Opened> {
-    let (checkpoint, adapter) = open_model(settings)?;
-    let format = format(settings, &checkpoint, adapter.as_ref().and_then(|a| a.classifier.as_ref()))?;
-    Ok(Opened { checkpoint, format, adapter })
+    let OpenedModel { checkpoint, adapter, trained } = open_model(settings)?;
+    let format = format(settings, &checkpoint, trained.as_ref())?;
+    Ok(Opened { checkpoint, format, adapter, trained })
 }
 
 /// The model and its adapter without a prompt for labels: for commands that write text or files.
 ///
 /// # Errors
 /// As [`open`].
-pub(crate) fn open_model(settings: &Settings) -> anyhow::Result<(Checkpoint, Option<Adapter>)> {
+pub(crate) fn open_model(settings: &Settings) -> anyhow::Result<OpenedModel> {
     let checkpoint = match &settings.model.random_weights {
         Some(shape) => random_checkpoint(settings, shape)?,
         None => open_checkpoint(&find(settings)?)?,
@@ -62,7 +71,12 @@ pub(crate) fn open_model(settings: &Settings) -> anyhow::Result<(Checkpoint, Opt
     {
         output::warn(format!("the adapter was trained on {base}, the model is {}", settings.model.name));
     }
-    Ok((checkpoint, adapter))
+    let trained = match &adapter {
+        Some(adapter) => adapter.classifier.clone(),
+        // A merged model carries what its adapter knew.
+        None => ClassifierConfig::read(checkpoint.path())?,
+    };
+    Ok(OpenedModel { checkpoint, adapter, trained })
 }
 
 /// An adapter knows its base model: without another word from the user (`named`) that is the one to use.
@@ -128,7 +142,7 @@ fn random_checkpoint(settings: &Settings, shape: &str) -> anyhow::Result<Checkpo
     Ok(Checkpoint::random(config, settings.training.seed, Some(tokenizer))?)
 }
 
-/// The prompt: what the adapter was trained with, unless the user said something else.
+/// The prompt: what adapter or model were trained with, unless the user said something else.
 fn format(
     settings: &Settings,
     checkpoint: &Checkpoint,

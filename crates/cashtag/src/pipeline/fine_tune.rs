@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use cashtag_backend::{Backend, Capabilities};
 use cashtag_corpus::formats::write_atomically;
-use cashtag_llama::adapter::Adapter;
+use cashtag_llama::adapter::{Adapter, ClassifierConfig};
 use cashtag_llama::lora::{LoraConfig, Module};
 use cashtag_llama::model::Llama;
 
 use super::data::{self, Data, Portions, Reading, quoted};
 use super::engine::{self, Classifier, LabelledText, Opened};
+use super::ranks;
 use super::training::{self, Trained};
 use crate::settings::choices::{Label, Layers, TargetModules};
 use crate::settings::{self, DEFAULT_RECIPE, Flags, Settings, Source};
@@ -44,14 +45,20 @@ pub(crate) fn open(flags: &Flags) -> anyhow::Result<(Settings, Opened)> {
     };
     engine::follow_base_model(&mut settings, named);
     let opened = engine::open(&settings)?;
+    let mut followed = Vec::new();
     if let Some(adapter) = &opened.adapter {
-        follow_adapter(&mut settings, adapter)?;
+        followed.extend(follow_adapter(&mut settings, adapter)?);
     }
+    if let Some(trained) = &opened.trained {
+        followed.extend(follow_prompt(&mut settings, trained)?);
+    }
+    let source = Source::Follows(if opened.adapter.is_some() { "model.adapter" } else { "model.name" });
+    settings.sources.extend(followed.into_iter().map(|id| (id, source.clone())));
     Ok((settings, opened))
 }
 
-/// Puts what the adapter fixes into the settings.
-fn follow_adapter(s: &mut Settings, adapter: &Adapter) -> anyhow::Result<()> {
+/// Puts what the adapter fixes into the settings; the keys that changed.
+fn follow_adapter(s: &mut Settings, adapter: &Adapter) -> anyhow::Result<Vec<&'static str>> {
     let (own, said) = (&adapter.lora, training::lora_config(s)?);
     let sorted = |c: &LoraConfig| {
         let mut modules = c.target_modules.clone();
@@ -83,34 +90,34 @@ fn follow_adapter(s: &mut Settings, adapter: &Adapter) -> anyhow::Result<()> {
     s.lora.use_rslora = own.use_rslora;
     s.lora.use_dora = own.use_dora;
     s.lora.layers_to_transform = own.layers_to_transform.clone().map(Layers);
-    let mut followed = differences.map(|(id, differs)| differs.then_some(id)).to_vec();
-    if let Some(trained) = &adapter.classifier {
-        if !s.is_set("data.system_message") {
-            s.data.system_message.clone_from(&trained.system_message);
-            followed.push(Some("data.system_message"));
-        }
-        if !s.is_set("data.labels") {
-            let label = |l: &cashtag_llama::prompt::Label| Label { name: l.name.clone(), word: l.word.clone() };
-            s.data.labels.0 = trained.labels.iter().map(label).collect();
-            followed.push(Some("data.labels"));
-        }
-        if !s.is_set("data.max_seq_length") {
-            s.data.max_seq_length = trained.max_seq_length;
-            followed.push(Some("data.max_seq_length"));
-        }
+    Ok(differences.into_iter().filter_map(|(id, differs)| differs.then_some(id)).collect())
+}
+
+/// Puts the prompt that adapter or model were trained with into the settings; the keys that followed.
+fn follow_prompt(s: &mut Settings, trained: &ClassifierConfig) -> anyhow::Result<Vec<&'static str>> {
+    let mut followed = Vec::new();
+    if !s.is_set("data.system_message") {
+        s.data.system_message.clone_from(&trained.system_message);
+        followed.push("data.system_message");
     }
-    for id in followed.into_iter().flatten() {
-        s.sources.insert(id, Source::Follows("model.adapter"));
+    if !s.is_set("data.labels") {
+        let label = |l: &cashtag_llama::prompt::Label| Label { name: l.name.clone(), word: l.word.clone() };
+        s.data.labels.0 = trained.labels.iter().map(label).collect();
+        followed.push("data.labels");
+    }
+    if !s.is_set("data.max_seq_length") {
+        s.data.max_seq_length = trained.max_seq_length;
+        followed.push("data.max_seq_length");
     }
     let labels = s.data.labels.0.len();
     if let Some(weights) = s.training.class_weights.as_ref().filter(|w| w.0.len() != labels) {
         let found = weights.0.len();
         anyhow::bail!(exit::Usage(format!(
-            "training.class_weights has {found} weights, the adapter has {labels} labels\n  hint: give one for each of {}",
+            "training.class_weights has {found} weights, the model was trained with {labels} labels\n  hint: give one for each of {}",
             s.data.labels.names().join(", ")
         )));
     }
-    Ok(())
+    Ok(followed)
 }
 
 /// The settings with the portions that the device decided on, so that they are the same on another one.
@@ -161,7 +168,9 @@ impl Inputs {
             held_out: data::labelled(&data.held_out, &labels)?,
             data,
         };
-        inputs.write(&with_portions(s, portions), opened)?;
+        if ranks::other_rank().is_none() {
+            inputs.write(&with_portions(s, portions), opened)?;
+        }
         Ok(inputs)
     }
 
@@ -210,6 +219,7 @@ impl Inputs {
         let parts = (&self.train[..], &self.validation[..]);
         match training::train(backend, model, &opened.format, s, parts, &self.run_dir, begin)? {
             Some(trained) => Ok(trained),
+            None if ranks::other_rank().is_some() => Err(exit::Interrupted.into()),
             None => {
                 output::note(format!("stopped; a checkpoint is saved. To go on: {command}"));
                 Err(exit::Interrupted.into())

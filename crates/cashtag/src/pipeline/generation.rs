@@ -13,7 +13,7 @@ use cashtag_llama::lora::Lora;
 use cashtag_llama::model::Llama;
 use cashtag_llama::tokenizer::Tokenizer;
 
-use super::engine;
+use super::engine::{self, OpenedModel};
 use crate::exit::Usage;
 use crate::output;
 use crate::settings::Settings;
@@ -53,6 +53,14 @@ impl Sampling {
             if value == Some(0) {
                 bail!(Usage(format!("{flag} is 0, expected a whole number from 1")));
             }
+        }
+        if let Some(empty) = self.stop.iter().find(|s| s.is_empty()) {
+            bail!(Usage(format!("--stop is {empty:?}, expected a text that ends an answer")));
+        }
+        if self.temperature == 0.0 && (self.top_k > 0 || self.top_p < 1.0) {
+            output::warn(
+                "the temperature is 0, so the likeliest token is taken each time: --top-k and --top-p change nothing\n  hint: --temperature 0.8",
+            );
         }
         Ok(())
     }
@@ -102,7 +110,7 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Opens the model of the settings; the system message is the one that was said, else the adapter's, else none: the
+    /// Opens the model of the settings; the system message is the one that was said, else the one of the adapter or merged model, else none: the
     /// default of the settings asks for a label, which is no way to begin a conversation.
     ///
     /// # Errors
@@ -110,8 +118,8 @@ impl Writer {
     pub(crate) fn open(settings: &mut Settings) -> anyhow::Result<Self> {
         let named = settings.is_set("model.name");
         engine::follow_base_model(settings, named);
-        let (checkpoint, adapter) = engine::open_model(settings)?;
-        let trained = adapter.as_ref().and_then(|a| a.classifier.as_ref()?.system_message.clone());
+        let OpenedModel { checkpoint, adapter, trained } = engine::open_model(settings)?;
+        let trained = trained.and_then(|t| t.system_message);
         let system =
             if settings.is_set("data.system_message") { settings.data.system_message.clone() } else { trained };
         let (tokenizer, template) = (Arc::new(checkpoint.tokenizer()?), checkpoint.chat_template());

@@ -10,6 +10,7 @@ pub(crate) mod fine_tune;
 pub(crate) mod generation;
 pub(crate) mod injections;
 pub(crate) mod plan;
+pub(crate) mod ranks;
 pub(crate) mod report;
 pub(crate) mod sides;
 pub(crate) mod stream;

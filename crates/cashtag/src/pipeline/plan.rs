@@ -50,6 +50,8 @@ pub(crate) struct Plan {
     /// Rows of evaluations while training, and of judging before and after.
     pub(crate) evaluation_rows: usize,
     pub(crate) trainable: usize,
+    /// What the process holds while a checkpoint is written, whatever the device: factors and moments, and the adapter twice.
+    pub(crate) checkpoint: u64,
 }
 
 impl Plan {
@@ -67,6 +69,7 @@ impl Plan {
             "memory": memory,
             "program_bytes": process.program,
             "model_file_bytes": process.model_file,
+            "checkpoint_bytes": self.checkpoint,
             "steps": self.steps,
             "micro_batches": self.micro_batches,
             "examples": self.examples,
@@ -148,7 +151,7 @@ impl Forecast {
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.plan.device_bytes() + if self.shared { self.process.total() } else { 0 }
+        self.plan.device_bytes() + if self.shared { self.process.total() + self.plan.checkpoint } else { 0 }
     }
 
     /// What was really held at most: by this process on a CPU, by the device otherwise.
@@ -174,7 +177,7 @@ impl Forecast {
 /// # Errors
 /// Settings, data or adapter that the run itself would refuse.
 pub(crate) fn plan(s: &Settings, opened: &Opened, parts: Parts<'_>, rules: DryRules) -> anyhow::Result<Plan> {
-    let Opened { checkpoint, format, adapter } = opened;
+    let Opened { checkpoint, format, adapter, .. } = opened;
     let backend = DryBackend::new(rules);
     let arguments = training::arguments(s);
     let budget = s.training.max_tokens_per_batch;
@@ -215,6 +218,8 @@ pub(crate) fn plan(s: &Settings, opened: &Opened, parts: Parts<'_>, rules: DryRu
     backend.label("head block");
     let counts = steps(&backend, &model, &mut trainer, &mut ws)?;
     let evaluations = counts.evaluations;
+    let saves = trainer.arguments.save_strategy != cashtag_train::SaveStrategy::No;
+    let checkpoint = if saves { checkpoint_bytes(trainable, trainer.arguments.optim) } else { 0 };
     let validation: usize = if evaluations > 0 && !trainer.eval.is_empty() {
         trainer.eval_loss(&mut ws)?;
         trainer.eval.iter().map(|e| e.tokens.len() - format.prefix().len().min(e.tokens.len())).sum()
@@ -241,7 +246,16 @@ pub(crate) fn plan(s: &Settings, opened: &Opened, parts: Parts<'_>, rules: DryRu
         tokens: counts.tokens,
         evaluation_rows,
         trainable,
+        checkpoint,
     })
+}
+
+fn checkpoint_bytes(parameters: usize, optim: cashtag_train::Optimizer) -> u64 {
+    let (factor, moments) = match optim {
+        cashtag_train::Optimizer::AdamW => (4, 8),
+        cashtag_train::Optimizer::AdamW8bit => (4, 2),
+    };
+    ((factor + moments) * parameters + 2 * factor * parameters) as u64
 }
 
 fn fresh(s: &Settings, model: &Llama<DryBackend>) -> anyhow::Result<(LoraConfig, LoraTensors)> {
@@ -287,6 +301,7 @@ fn trainer<'a>(
         fingerprint: String::new(),
         resume: false,
         loss_scale: None,
+        group: None,
     })
 }
 

@@ -19,6 +19,7 @@ use cashtag_train::{
 };
 
 use super::engine::{Classifier, LabelledText};
+use super::ranks;
 use crate::progress::{Progress, Unit};
 use crate::settings::{self, GradientCheckpointing, LrSchedulerType, Optim, Resume, Settings, Strategy};
 use crate::{exit, output};
@@ -79,6 +80,7 @@ pub(crate) fn arguments(s: &Settings) -> TrainingArguments {
         neftune_noise_alpha: t.neftune_noise_alpha as f32,
         loraplus_lr_ratio: s.lora.loraplus_lr_ratio as f32,
         seed: t.seed,
+        world_size: 1,
     }
 }
 
@@ -157,7 +159,9 @@ pub(crate) fn train<B: Backend>(
     begin: Option<(LoraConfig, LoraTensors)>,
 ) -> anyhow::Result<Option<Trained<B>>> {
     let (train, validation) = parts;
-    let arguments = arguments(s);
+    let mut arguments = arguments(s);
+    arguments.world_size = ranks::world()?.map_or(1, |w| w.size);
+    let main = ranks::other_rank().is_none();
     let (config, tensors) = match begin {
         Some(begin) => begin,
         None => {
@@ -174,12 +178,13 @@ pub(crate) fn train<B: Backend>(
         Resume::Auto => (true, run_dir.to_owned()),
         Resume::From(path) => (true, path.parent().unwrap_or(run_dir).to_owned()),
     };
-    if !resume && !cashtag_train::checkpoint::list(run_dir).is_empty() {
+    if main && !resume && !cashtag_train::checkpoint::list(run_dir).is_empty() {
         anyhow::bail!(exit::Usage(format!(
             "{} already holds checkpoints of a run\n  hint: --resume auto goes on with it; another --output-dir begins anew",
             run_dir.display()
         )));
     }
+    let fingerprint = fingerprint(s, train, format, &arguments);
     let mut trainer = Trainer {
         backend,
         model,
@@ -187,7 +192,8 @@ pub(crate) fn train<B: Backend>(
         train: tokenize(s, format, train)?,
         eval: tokenize(s, format, validation)?,
         prefix: format.prefix().to_vec(),
-        fingerprint: fingerprint(s, train, format, &arguments),
+        group: ranks::join(&fingerprint)?,
+        fingerprint,
         arguments,
         checkpointing: match s.training.gradient_checkpointing {
             GradientCheckpointing::Block => Checkpointing::Block,
@@ -201,6 +207,17 @@ pub(crate) fn train<B: Backend>(
     };
     let _clean = exit::clean_stop();
     let total = trainer.arguments.total_steps(trainer.train.len());
+    if !main {
+        let outcome = trainer.run(&mut Others)?;
+        let finished = outcome.reason != EndReason::Interrupted;
+        return Ok(finished.then_some(Trained {
+            lora: trainer.lora,
+            outcome,
+            history: Vec::new(),
+            examples: 0,
+            rows: 0,
+        }));
+    }
     let wants_metrics = s.training.metric_for_best_model != settings::Metric::EvalLoss;
     let mut watch = Watch {
         backend,
@@ -239,6 +256,17 @@ pub(crate) fn train<B: Backend>(
         ));
     }
     Ok(Some(Trained { lora: trainer.lora, outcome, history, examples, rows }))
+}
+
+/// Watches on a rank that is not the main one: all is said and written there.
+struct Others;
+
+impl<B: Backend> Observer<B> for Others {
+    fn warn(&mut self, _message: &str) {}
+
+    fn should_stop(&mut self) -> bool {
+        exit::stop_requested()
+    }
 }
 
 /// Changes when anything changes that a continued run must share with the run that it continues.
@@ -433,5 +461,108 @@ impl<B: Backend> Observer<B> for Watch<'_, B> {
 
     fn should_stop(&mut self) -> bool {
         exit::stop_requested()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::settings::Flags;
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        settings: Flags,
+    }
+
+    fn settings(words: &[&str]) -> Settings {
+        let words = ["train"].iter().chain(words);
+        Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{e}")).settings.resolve().unwrap()
+    }
+
+    /// Each flag of the trainer reaches the trainer under its own name. Every argument that there is stands in the table.
+    #[test]
+    fn every_argument_arrives() {
+        let table: &[(&[&str], &str, Value)] = &[
+            (&["--num-train-epochs", "1.5"], "num_train_epochs", json!(1.5)),
+            (&["--max-steps", "7"], "max_steps", json!(7)),
+            (&["--per-device-train-batch-size", "3"], "per_device_train_batch_size", json!(3)),
+            (&["--per-device-eval-batch-size", "5"], "per_device_eval_batch_size", json!(5)),
+            (&["--gradient-accumulation-steps", "6"], "gradient_accumulation_steps", json!(6)),
+            (&["--optim", "adamw_8bit"], "optim", json!("adamw_8bit")),
+            (&["--learning-rate", "0.25"], "learning_rate", json!(0.25)),
+            (&["--lr-scheduler-type", "linear"], "lr_scheduler_type", json!("linear")),
+            (&["--lr-scheduler-type", "constant"], "lr_scheduler_type", json!("constant")),
+            (&["--lr-scheduler-type", "constant_with_warmup"], "lr_scheduler_type", json!("constant_with_warmup")),
+            (&["--warmup-ratio", "0.5"], "warmup_ratio", json!(0.5)),
+            (&["--warmup-steps", "9"], "warmup_steps", json!(9)),
+            (&["--weight-decay", "0.5"], "weight_decay", json!(0.5)),
+            (&["--max-grad-norm", "0.5"], "max_grad_norm", json!(0.5)),
+            (&["--adam-beta1", "0.5"], "adam_beta1", json!(0.5)),
+            (&["--adam-beta2", "0.5"], "adam_beta2", json!(0.5)),
+            (&["--adam-epsilon", "0.5"], "adam_epsilon", json!(0.5)),
+            (&["--evaluation-strategy", "epoch"], "eval_strategy", json!("epoch")),
+            (&["--eval-strategy", "no"], "eval_strategy", json!("no")),
+            (&["--eval-steps", "250"], "eval_steps", json!(250)),
+            (&["--save-strategy", "epoch", "--no-load-best-model-at-end"], "save_strategy", json!("epoch")),
+            (&["--save-steps", "1000"], "save_steps", json!(1000)),
+            (&["--save-total-limit", "4"], "save_total_limit", json!(4)),
+            (&["--no-load-best-model-at-end"], "load_best_model_at_end", json!(false)),
+            (&["--metric-for-best-model", "eval_macro_f1"], "metric_for_best_model", json!("eval_macro_f1")),
+            (&["--greater-is-better", "false"], "greater_is_better", json!(false)),
+            (&["--early-stopping-patience", "8"], "early_stopping_patience", json!(8)),
+            (&["--early-stopping-threshold", "0.5"], "early_stopping_threshold", json!(0.5)),
+            (&["--logging-steps", "3"], "logging_steps", json!(3)),
+            (&["--no-packing"], "packing", json!(false)),
+            (&["--max-tokens-per-batch", "96"], "max_tokens_per_batch", json!(96)),
+            (&["--train-on", "all"], "train_on", json!(TrainOn::All)),
+            (&["--label-smoothing-factor", "0.5"], "label_smoothing_factor", json!(0.5)),
+            (&["--neftune-noise-alpha", "5"], "neftune_noise_alpha", json!(5.0)),
+            (&["--loraplus-lr-ratio", "16"], "loraplus_lr_ratio", json!(16.0)),
+            (&["--seed", "7"], "seed", json!(7)),
+        ];
+        let of = |words: &[&str]| serde_json::to_value(arguments(&settings(words))).unwrap();
+        let default = of(&[]);
+        for (words, name, expected) in table {
+            assert_eq!(&of(words)[*name], expected, "{words:?}");
+            assert_ne!(&default[*name], expected, "{name}: the table should change it");
+        }
+        // The number of processes is the launcher's.
+        for name in default.as_object().unwrap().keys().filter(|name| *name != "world_size") {
+            assert!(table.iter().any(|(_, n, _)| n == name), "{name} is not in the table");
+        }
+    }
+
+    #[test]
+    fn the_adapter_s_arguments_arrive() {
+        let of = |words: &[&str]| lora_config(&settings(words)).unwrap();
+        let default = of(&[]);
+        assert_eq!((default.r, default.lora_alpha, default.lora_dropout), (64, 16.0, 0.1));
+        for (words, expected) in [
+            (&["--lora-r", "8"][..], LoraConfig { r: 8, ..default.clone() }),
+            (&["--lora-alpha", "32"], LoraConfig { lora_alpha: 32.0, ..default.clone() }),
+            (&["--lora-dropout", "0.25"], LoraConfig { lora_dropout: 0.25, ..default.clone() }),
+            (&["--use-rslora"], LoraConfig { use_rslora: true, ..default.clone() }),
+            (&["--use-dora"], LoraConfig { use_dora: true, ..default.clone() }),
+            (
+                &["--layers-to-transform", "1,3"],
+                LoraConfig { layers_to_transform: Some(vec![1, 3]), ..default.clone() },
+            ),
+            (
+                &["--target-modules", "q_proj,v_proj"],
+                LoraConfig {
+                    target_modules: vec!["q_proj".parse().unwrap(), "v_proj".parse().unwrap()],
+                    ..default.clone()
+                },
+            ),
+        ] {
+            assert_eq!(of(words), expected, "{words:?}");
+        }
+        let s = settings(&["--class-weights", "1,2.5,0.5"]);
+        assert_eq!([0, 1, 2].map(|label| class_weight(&s, label)), [1.0, 2.5, 0.5]);
+        assert_eq!(class_weight(&settings(&[]), 1), 1.0);
     }
 }

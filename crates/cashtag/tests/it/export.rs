@@ -287,6 +287,103 @@ fn written_files_read_back() {
     assert!(modelfile.ends_with("PARAMETER stop \"<|im_end|>\"\n"), "{modelfile}");
 }
 
+/// Answers to [`TEXTS`] with nothing said but the model.
+fn answers(context: &Context, flags: &[&str]) -> Vec<Value> {
+    let args = [&["predict", "-", "--json", "--precision", "f32"], flags].concat();
+    let mut child =
+        context.command(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all((TEXTS.join("\n") + "\n").as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    // It is no base model that was not fine-tuned.
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", context.shown(&output));
+    String::from_utf8(output.stdout).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+/// A merged model carries labels, system message and temperature: it answers as its adapter does, without being told, also
+/// when it was exported once more, and training goes on from its prompt.
+#[test]
+fn a_merged_model_answers_as_its_adapter() {
+    let (Some(context), Some(model)) = (context(), model_file()) else { return };
+    save_adapter(&context.path("lora"), &model, all_linear());
+    let path = context.path("lora/cashtag.json");
+    let mut classifier: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    classifier["temperature"] = json!(2.5);
+    classifier["labels"] = json!([{"name": "Down", "word": "Negative"}, {"name": "Up", "word": "Positive"}]);
+    std::fs::write(&path, classifier.to_string()).unwrap();
+    export(&context, &["--to", "merged", "--type", "f32", "--adapter", "lora", "--out", "merged"]);
+    export(&context, &["--to", "merged", "--type", "f32", "--model", "merged", "--out", "again"]);
+    let expected = answers(&context, &["--adapter", "lora"]);
+    for name in ["merged", "again"] {
+        let found = answers(&context, &["--model", name]);
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!(found["label"], expected["label"], "{found} for {expected}");
+            for p in ["p_down", "p_up"] {
+                let far = (found[p].as_f64().unwrap() - expected[p].as_f64().unwrap()).abs();
+                assert!(far < 1e-4, "{name}: {found} for {expected}");
+            }
+        }
+        assert_eq!(found.len(), TEXTS.len());
+    }
+    // Temperature 2.5 is not 1, and what the user says goes first.
+    assert!(expected.iter().all(|e| e["confidence"].as_f64().unwrap() < 0.999), "{expected:?}");
+    let three = answers(&context, &["--model", "merged", "--labels", "Positive,Neutral,Negative"]);
+    assert!(three.iter().all(|o| o["p_neutral"].is_number()), "{three:?}");
+
+    export(&context, &["--to", "ollama", "--model", "merged", "--out", "ollama"]);
+    let modelfile = std::fs::read_to_string(context.path("ollama/Modelfile")).unwrap();
+    assert!(modelfile.contains(&format!("SYSTEM \"\"\"{SYSTEM}\"\"\"\n")), "{modelfile}");
+
+    let mut tweets = String::from("text,label\n");
+    for i in 0..24 {
+        tweets += &format!("{} {}\n", super::tiny::words(i), ["soars,Up", "sinks,Down"][i % 2]);
+    }
+    context.write("tweets.csv", tweets);
+    let args =
+        "train -q --model merged --data tweets.csv --max-steps 1 --lora-r 2 --eval-strategy no --output-dir more";
+    let shown = context.run(&args.split(' ').collect::<Vec<_>>());
+    assert!(shown.starts_with("exit code 0"), "{shown}");
+    let config = std::fs::read_to_string(context.path("more/config.toml")).unwrap();
+    let followed = config.lines().filter(|l| l.ends_with("# follows model.name")).count();
+    assert!(followed == 3 && config.contains(SYSTEM), "{config}");
+}
+
+/// However large the model, an export holds little of it: less than the file that it reads, which is mapped, and a few pieces.
+#[cfg(target_os = "linux")]
+#[test]
+fn an_export_does_not_hold_the_model() {
+    let (Some(context), Some(model)) = (context(), model_file()) else { return };
+    save_adapter(&context.path("lora"), &model, all_linear());
+    let mapped = std::fs::metadata(&model).unwrap().len();
+    for (form, kind, out) in [("merged", "f32", "merged"), ("gguf", "f16", "model.gguf")] {
+        let args = ["export", "-q", "--to", form, "--type", kind, "--adapter", "lora", "--out", out];
+        let mut child = context.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let status = format!("/proc/{}/status", child.id());
+        let mut most = 0;
+        let ended = loop {
+            let text = std::fs::read_to_string(&status).unwrap_or_default();
+            let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+            let kib = line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0);
+            most = most.max(kib << 10);
+            match child.try_wait().unwrap() {
+                Some(status) => break status,
+                None => std::thread::sleep(std::time::Duration::from_millis(5)),
+            }
+        };
+        assert!(ended.success(), "{form}");
+        let written = match context.path(out) {
+            path if path.is_dir() => std::fs::metadata(path.join("model.safetensors")).unwrap().len(),
+            path => std::fs::metadata(path).unwrap().len(),
+        };
+        println!(
+            "{form}: {} MB written, {} MB held at most, of which {} MB mapped",
+            written >> 20,
+            most >> 20,
+            mapped >> 20
+        );
+        assert!(most > 0 && most < mapped + (160 << 20), "{form}: {most} bytes held");
+    }
+}
+
 #[test]
 fn what_cannot_be_exported() {
     let Some(context) = context() else { return };

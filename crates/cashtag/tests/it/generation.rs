@@ -39,6 +39,23 @@ fn one_prompt() {
     let drawn = |seed: &str| ask(&["--temperature", "1.5", "--seed", seed, "--max-new-tokens", "6", "Say something."]);
     assert_eq!(drawn("1"), drawn("1"));
     assert_ne!(drawn("1"), drawn("2"));
+    // The line break that `echo` ends with is no part of a prompt.
+    let typed = piped(&context, &[&["complete"], &F32[..], &["--max-new-tokens", "12"]].concat(), "What is a stock?\n");
+    assert_eq!(typed, format!("exit code 0\n--- stdout\n{}", plain.trim_end_matches('\n')));
+    // Each of these is heard: most tokens in all, and where an answer ends.
+    let length = json["prompt_tokens"].as_u64().unwrap() + 4;
+    let short = ask(&["--json", "--max-length", &length.to_string(), "What is a stock?"]);
+    assert_eq!(serde_json::from_str::<Value>(&short).unwrap()["completion_tokens"], 4);
+    let word = plain.split_whitespace().nth(3).unwrap();
+    let stopped = ask(&["--max-new-tokens", "12", "--stop", word, "What is a stock?"]);
+    assert_eq!(stopped, plain[..plain.find(word).unwrap()].to_string() + "\n");
+    // One token to choose from is the likeliest one, whatever the temperature.
+    for only in [["--top-k", "1"], ["--top-p", "0.000001"]] {
+        let flags = ["--max-new-tokens", "12", "--temperature", "1.5", "--seed", "3", "What is a stock?"];
+        assert_eq!(ask(&[&only[..], &flags].concat()), plain, "{only:?}");
+    }
+    let warned = context.run(&["complete", "--top-p", "0.5", "--max-new-tokens", "1", "What is a stock?"]);
+    assert!(warned.contains("warning: the temperature is 0") && warned.contains("hint: --temperature"), "{warned}");
 }
 
 #[test]
@@ -68,6 +85,9 @@ fn a_file_of_prompts_keeps_its_order() {
     assert!(refused.starts_with("exit code 1") && refused.contains("bad.jsonl:2"), "{refused}");
     assert!(refused.contains("expected either \"prompt\", a text, or \"messages\""), "{refused}");
     assert!(!context.path("x.jsonl").exists());
+    context.write("list.json", "[{\"prompt\":\"x\"}]\n");
+    let refused = context.run(&["complete", "-q", "--in", "list.json"]);
+    assert!(refused.contains("list.json:1") && refused.contains("hint: each line of a .jsonl file"), "{refused}");
 }
 
 #[test]
@@ -88,6 +108,7 @@ fn wrong_usage() {
     for (args, expected) in [
         (&["complete", "--temperature=-1", "x"][..], "temperature is -1, expected a number from 0"),
         (&["complete", " "], "the prompt is empty"),
+        (&["complete", "--stop", "", "x"], "expected a text that ends an answer"),
         (&["complete", "--max-new-tokens", "0", "x"], "--max-new-tokens is 0, expected a whole number from 1"),
     ] {
         let shown = context.run(args);

@@ -11,8 +11,15 @@ mod labels;
 mod live;
 mod model_commands;
 mod page;
+mod plan;
+mod predict_files;
 mod pull;
+mod ranks;
 mod serve;
+mod serve_documented;
+mod serve_hostile;
+mod serve_restarts;
 #[allow(dead_code, unreachable_pub, reason = "shared with the unit tests of the hub")]
 mod server;
+mod serving;
 mod tiny;

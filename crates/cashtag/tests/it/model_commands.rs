@@ -137,6 +137,20 @@ fn one_text() {
 }
 
 #[test]
+fn a_precision_is_what_was_said() {
+    let Some(context) = context() else { return };
+    let answer = |precision: &str| {
+        let json = stdout(&context, &["predict", "-q", "--json", "--precision", precision, "Upgraded to buy"]);
+        probabilities(&serde_json::from_str(&json).unwrap())
+    };
+    let (wide, narrow) = (answer("f32"), answer("bf16"));
+    let far = wide.iter().zip(narrow).map(|(w, n)| (w - n).abs()).fold(0.0, f64::max);
+    assert!(far > 0.0 && far < 0.05, "{wide:?} {narrow:?}");
+    let refused = context.run(&["predict", "-q", "--device", "cpu", "--precision", "fp16", "Upgraded to buy"]);
+    assert!(refused.starts_with("exit code 2") && refused.contains("bf16 or f32, not in fp16"), "{refused}");
+}
+
+#[test]
 fn lines_of_standard_input() {
     let Some(context) = context() else { return };
     let input = "\u{feff}Upgraded to buy\r\n\nCompany files for bankruptcy".as_bytes();

@@ -1,129 +1,18 @@
 //! `serve` as a process, with the real small model, over real sockets: every route, hostile input, overload, the end.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use cashtag_llama::adapter::Adapter;
-use cashtag_llama::config::LlamaConfig;
-use cashtag_llama::lora::{LoraConfig, LoraTensors, Module};
-use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 
 use super::context::Context;
 use super::model_commands::context;
-
-const KEY: &str = "ctk_user_0123456789abcdef";
-const ADMIN: &str = "ctk_admin_0123456789abcdef";
-const TEXT: &str = "$AAPL beats expectations and raises guidance";
-
-struct Serving {
-    child: Child,
-    address: String,
-    log: PathBuf,
-}
-
-struct Answer {
-    status: u16,
-    head: String,
-    body: String,
-}
-
-impl Answer {
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {} {}", self.head, self.body))
-    }
-
-    fn header(&self, name: &str) -> Option<&str> {
-        self.head.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(": "))
-    }
-}
-
-fn start(context: &Context, args: &[&str]) -> Serving {
-    let log = context.path("log");
-    let mut command = context.command(&[&["serve", "--port", "0", "--json-output"], args].concat());
-    command.env("CASHTAG_API_KEY", KEY).env("CASHTAG_ADMIN_API_KEY", ADMIN);
-    let mut child = command.stdout(Stdio::piped()).stderr(std::fs::File::create(&log).unwrap()).spawn().unwrap();
-    let mut url = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut url).unwrap();
-    let address = url.trim().strip_prefix("http://").unwrap_or_else(|| panic!("{url:?}: {}", read(&log))).to_owned();
-    let serving = Serving { child, address, log };
-    let started = Instant::now();
-    // Answered from the first moment on, with 503 until the model is there.
-    while serving.get("/health").status != 200 {
-        assert!(started.elapsed() < Duration::from_secs(120), "{}", read(&serving.log));
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    serving
-}
-
-fn read(path: &Path) -> String {
-    std::fs::read_to_string(path).unwrap_or_default()
-}
-
-impl Serving {
-    fn raw(&self, bytes: &[u8]) -> Answer {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        // A server that has refused already may have closed.
-        let _ = stream.write_all(bytes);
-        let mut all = Vec::new();
-        let _ = stream.read_to_end(&mut all);
-        let all = String::from_utf8_lossy(&all).into_owned();
-        let (head, body) = all.split_once("\r\n\r\n").unwrap_or((&all, ""));
-        let status = head.get(9..12).and_then(|s| s.parse().ok()).unwrap_or(0);
-        Answer { status, head: head.replace("\r\n", "\n"), body: body.to_owned() }
-    }
-
-    fn send(&self, method: &str, path: &str, key: &str, body: &[u8]) -> Answer {
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {key}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
-            self.address,
-            body.len()
-        );
-        self.raw(&[head.as_bytes(), body].concat())
-    }
-
-    fn get(&self, path: &str) -> Answer {
-        self.send("GET", path, KEY, b"")
-    }
-
-    fn post(&self, path: &str, body: &Value) -> Answer {
-        self.send("POST", path, KEY, body.to_string().as_bytes())
-    }
-
-    fn signal(&self) {
-        assert!(Command::new("kill").arg(self.child.id().to_string()).status().unwrap().success());
-    }
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// An adapter that has learnt nothing but differs from the base model.
-fn adapter(dir: &Path) {
-    let model = LlamaConfig::preset("smollm2-135m").unwrap();
-    let lora = LoraConfig {
-        r: 2,
-        lora_alpha: 4.0,
-        lora_dropout: 0.0,
-        target_modules: vec![Module::ALL[0]],
-        use_rslora: false,
-        layers_to_transform: None,
-        use_dora: false,
-    };
-    let mut tensors = LoraTensors::init(&lora, &model, 1);
-    tensors.b.iter_mut().enumerate().for_each(|(i, b)| *b = ((i % 7) as f32 - 3.0) * 0.05);
-    Adapter { lora, tensors, base_model: None, classifier: None }.save(dir, &model).unwrap();
-}
+use super::serve_documented::only_documented_answers;
+use super::serving::{ADMIN, KEY, Serving, TEXT, adapter, ended, start};
+use super::tiny;
 
 fn sum(values: &Value) -> f64 {
     values.as_array().unwrap().iter().map(|p| p.as_f64().unwrap()).sum()
@@ -137,11 +26,17 @@ fn a_service() {
     let module = format!("tuned={dir}/one");
     let s = start(
         &context,
-        &["--lora-modules", &module, "--lora-dir", &dir, "--max-model-len", "512", "--max-num-seqs", "2"],
+        &[
+            &["--lora-modules", &module, "--lora-dir", &dir, "--max-model-len", "512", "--max-num-seqs", "2"],
+            // Whatever else the machine does, nothing here is refused for being late.
+            &["--timeout", "300", "--max-batch-tokens", "512"][..],
+        ]
+        .concat(),
     );
     keys_and_information(&s);
     classification(&s);
     generation(&s);
+    classification_is_not_starved(&s);
     adapters_come_and_go(&s);
     hostile(&s);
     only_documented_answers(&s);
@@ -154,10 +49,10 @@ fn a_service() {
     ] {
         assert!(metrics.body.contains(line), "{line}\n{}", metrics.body);
     }
-    s.signal();
+    s.terminate();
     let mut s = s;
-    assert_eq!(s.child.wait().unwrap().code(), Some(0), "{}", read(&s.log));
-    let log = read(&s.log);
+    assert_eq!(s.exit_code(), Some(0), "{}", s.logged());
+    let log = s.logged();
     assert!(log.contains("\"event\":\"ready\"") && log.contains("\"event\":\"ended\",\"drained\":true"), "{log}");
     assert!(!log.contains(KEY) && !log.contains(ADMIN) && !log.contains("beats expectations"));
 }
@@ -273,6 +168,26 @@ fn generation(s: &Serving) {
     }
 }
 
+/// While texts are written, as many as may be at a time, others are classified; and what nobody reads any more is not written.
+fn classification_is_not_starved(s: &Serving) {
+    let long = json!({"prompt": "The stock market", "max_tokens": 400, "temperature": 1, "seed": 1, "stream": true});
+    let running = |s: &Serving| s.metric("cashtag_generations_running", &[]);
+    let writing: Vec<TcpStream> = (0..4)
+        .map(|_| {
+            let mut stream = s.connect();
+            stream.write_all(&s.request("POST", "/v1/completions", KEY, long.to_string().as_bytes())).unwrap();
+            stream
+        })
+        .collect();
+    s.until("texts are written", |s| running(s) == 4);
+    for _ in 0..5 {
+        assert_eq!(s.post("/v1/classify", &json!({"input": TEXT})).status, 200);
+        assert!(running(s) > 0, "classified when nothing was written any more");
+    }
+    drop(writing);
+    s.until("nothing is written any more", |s| running(s) == 0);
+}
+
 fn adapters_come_and_go(s: &Serving) {
     let load = |key: &str, name: &str, path: &str| {
         s.send(
@@ -316,95 +231,42 @@ fn hostile(s: &Serving) {
         let answer = s.post("/v1/classify", &json!({"input": text}));
         assert_eq!(answer.status, 200, "{text:?} {}", answer.body);
     }
-    // A client that leaves, and one that closes its half, cost nothing.
-    for body in [json!({"input": vec![TEXT; 32]}), json!({"input": TEXT})] {
-        let mut left = TcpStream::connect(&s.address).unwrap();
-        let body = body.to_string();
-        let head = format!(
-            "POST /v1/classify HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {KEY}\r\ncontent-length: {}\r\n\r\n",
-            s.address,
-            body.len()
-        );
-        left.write_all((head + &body).as_bytes()).unwrap();
-        left.shutdown(std::net::Shutdown::Write).unwrap();
+    clients_that_leave(s);
+}
+
+/// What nobody waits for any more is not computed, and that is counted.
+fn clients_that_leave(s: &Serving) {
+    let dropped = |s: &Serving| s.metric("cashtag_texts_total", &["outcome=\"dropped\""]);
+    let left = |s: &Serving| s.metric("cashtag_http_requests_total", &["status=\"499\""]);
+    let (dropped_before, left_before) = (dropped(s), left(s));
+    let text = |texts: Value| s.request("POST", "/v1/classify", KEY, json!({"input": texts}).to_string().as_bytes());
+    let one = |texts: Value| {
+        let mut stream = s.connect();
+        stream.write_all(&text(texts)).unwrap();
+        stream
+    };
+    // A request that is gone before it is looked at counts as one of a client that left, and its texts never come in: so
+    // the engine is kept busy, and those that leave do so when their texts are known to wait.
+    let tokenized = |s: &Serving| s.metric("cashtag_tokenization_duration_seconds_count", &[]);
+    let before = tokenized(s);
+    let busy = [0, 1].map(|_| one(json!(vec!["word ".repeat(60); 32])));
+    s.until("the engine is busy", |s| tokenized(s) >= before + 64);
+    let (many, single) = (one(json!(vec![TEXT; 32])), one(json!(TEXT)));
+    s.until("texts of the clients that will leave wait", |s| tokenized(s) >= before + 64 + 33);
+    // One closes its half and would still read, the other is gone.
+    many.shutdown(Shutdown::Write).unwrap();
+    drop(single);
+    s.until("two clients left", |s| left(s) >= left_before + 2);
+    s.until("their 33 texts are dropped", |s| dropped(s) >= dropped_before + 33);
+    assert_eq!(dropped(s), dropped_before + 33);
+    for mut stream in busy {
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        assert!(answer.starts_with(b"HTTP/1.1 200"));
     }
+    // Gone at once: nothing comes of it.
+    drop(one(json!(TEXT)));
     assert_eq!(s.post("/v1/classify", &json!({"input": TEXT})).status, 200);
-}
-
-/// Arbitrary JSON, with the names and values that mean something often among it.
-fn any_json() -> impl Strategy<Value = Value> {
-    let leaf = prop_oneof![
-        Just(Value::Null),
-        any::<bool>().prop_map(Value::from),
-        any::<i64>().prop_map(Value::from),
-        any::<f64>().prop_map(Value::from),
-        ".{0,12}".prop_map(Value::from),
-        prop_oneof!["tuned", "user", "text", "json_schema", "right"].prop_map(Value::from),
-    ];
-    leaf.prop_recursive(4, 16, 4, |inner| {
-        let name = prop_oneof!["role", "content", "type", "choice", "json_schema", "schema", "enum", ".{0,4}"];
-        prop_oneof![
-            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::vec((name, inner), 0..4)
-                .prop_map(|pairs| Value::from(pairs.into_iter().collect::<serde_json::Map<_, _>>())),
-        ]
-    })
-}
-
-fn only_documented_answers(s: &Serving) {
-    let documented = s.get("/openapi.json").json();
-    const ROUTES: [(&str, &[(&str, &str)]); 6] = [
-        ("/v1/classify", &[("input", "\"a\""), ("model", "\"tuned\"")]),
-        ("/predict", &[("inputs", "\"a\""), ("truncate", "true"), ("raw_scores", "false")]),
-        (
-            "/v1/chat/completions",
-            &[
-                ("messages", "[{\"role\":\"user\",\"content\":\"a\"}]"),
-                ("max_tokens", "1"),
-                ("stop", "\"x\""),
-                ("response_format", "null"),
-                ("stream", "false"),
-            ],
-        ),
-        (
-            "/v1/completions",
-            &[
-                ("prompt", "\"a\""),
-                ("max_tokens", "1"),
-                ("temperature", "0"),
-                ("structured_outputs", "{\"choice\":[\"a\",\"b\"]}"),
-            ],
-        ),
-        ("/v1/load_lora_adapter", &[("lora_name", "\"x\""), ("lora_path", "\"none\"")]),
-        ("/v1/unload_lora_adapter", &[("lora_name", "\"none\"")]),
-    ];
-    let strategy = (0..ROUTES.len(), prop::collection::vec(any_json(), 1..3), any::<prop::sample::Index>(), 0..4u8);
-    let mut runner =
-        TestRunner::new(Config { cases: 150, failure_persistence: None, max_shrink_iters: 20, ..Config::default() });
-    let outcome = runner.run(&strategy, |(route, values, index, kind)| {
-        let (path, good) = ROUTES[route];
-        // A body that would be right, in which a field or two are anything; or just anything.
-        let mut body = json!({});
-        for (name, value) in good {
-            body[*name] = serde_json::from_str(value).unwrap();
-        }
-        for (i, value) in values.iter().enumerate() {
-            body[good[(index.index(good.len()) + i) % good.len()].0] = value.clone();
-        }
-        let body = if kind == 0 { values[0].clone() } else { body };
-        let answer = s.send("POST", path, ADMIN, body.to_string().as_bytes());
-        let known = &documented["paths"][path]["post"]["responses"][answer.status.to_string()];
-        prop_assert!(known.is_object(), "{path} {body}: {} is not documented: {}", answer.status, answer.body);
-        prop_assert!(answer.status < 500, "{path} {body}: {} {}", answer.status, answer.body);
-        let is_stream = answer.header("content-type") == Some("text/event-stream");
-        prop_assert!(is_stream || answer.json().is_object() || answer.json().is_array());
-        if answer.status >= 400 {
-            let message = if path == "/predict" { &answer.json()["error"] } else { &answer.json()["error"]["message"] };
-            prop_assert!(message.is_string(), "{}", answer.body);
-        }
-        Ok(())
-    });
-    outcome.unwrap_or_else(|e| panic!("{e}"));
 }
 
 /// The official client, where Python has it.
@@ -413,7 +275,7 @@ fn openai_client(s: &Serving) {
 import sys
 from openai import OpenAI, AuthenticationError, NotFoundError
 url, key = sys.argv[1:]
-client = OpenAI(base_url=url + "/v1", api_key=key)
+client = OpenAI(base_url=url + "/v1", api_key=key, timeout=60, max_retries=0)
 assert [m.id for m in client.models.list()] == ["smollm2-135m", "tuned"]
 ask = dict(model="smollm2-135m", messages=[{"role": "user", "content": "Say hello."}], max_tokens=6, temperature=0)
 whole = client.chat.completions.create(**ask)
@@ -422,7 +284,7 @@ assert "".join(pieces) == whole.choices[0].message.content and whole.usage.compl
 chosen = client.chat.completions.create(extra_body={"structured_outputs": {"choice": ["up", "down"]}}, **ask)
 assert chosen.choices[0].message.content in ("up", "down")
 assert client.completions.create(model="tuned", prompt="Stocks", max_tokens=2).usage.completion_tokens <= 2
-for wrong, error in ((OpenAI(base_url=url + "/v1", api_key="wrong"), AuthenticationError), (client, NotFoundError)):
+for wrong, error in ((client.with_options(api_key="wrong"), AuthenticationError), (client, NotFoundError)):
     try:
         wrong.chat.completions.create(**{**ask, "model": "none"})
     except error:
@@ -436,8 +298,12 @@ for wrong, error in ((OpenAI(base_url=url + "/v1", api_key="wrong"), Authenticat
         return;
     }
     let url = format!("http://{}", s.address);
-    let output = Command::new(python).args(["-c", SCRIPT, &url, KEY]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut child = Command::new(python).args(["-c", SCRIPT, &url, KEY]).stderr(Stdio::piped()).spawn().unwrap();
+    let status = ended(&mut child);
+    let _ = child.kill();
+    let mut said = String::new();
+    let _ = child.stderr.take().unwrap().read_to_string(&mut said);
+    assert!(status.is_some_and(|s| s.success()), "{said}");
 }
 
 #[test]
@@ -479,10 +345,10 @@ fn too_much_is_refused_at_once_and_the_end_loses_nothing() {
             });
         }
         std::thread::sleep(Duration::from_millis(150));
-        s.signal();
+        s.terminate();
     });
-    assert_eq!(outcomes.into_inner().unwrap(), [200; 4], "{}", read(&s.log));
-    assert_eq!(s.child.wait().unwrap().code(), Some(0), "{}", read(&s.log));
+    assert_eq!(outcomes.into_inner().unwrap(), [200; 4], "{}", s.logged());
+    assert_eq!(s.exit_code(), Some(0), "{}", s.logged());
     assert!(TcpStream::connect(&s.address).is_err());
 }
 
@@ -510,4 +376,42 @@ fn what_keeps_it_from_starting() {
     assert!(short.starts_with("exit code 2") && !short.contains("hunter2"), "{short}");
     let twice = context.run(&["serve", "--lora-modules", "nonsense"]);
     assert!(twice.contains("expected NAME=DIR"), "{twice}");
+}
+
+/// Cashtags with X's offsets, company names with a list of one's own, and its sectors before the built-in ones.
+#[test]
+fn tickers_of_a_list_of_ones_own() {
+    let Some((context, model)) = tiny::context() else { return };
+    context.write(
+        "symbols.csv",
+        "symbol,name,aliases,sector\nAAPL,Apple Inc.,,orchards\nZYXQ,Zyxquor Labs,Zyxquor,invented\n",
+    );
+    let model: Vec<&str> = model.iter().map(String::as_str).collect();
+    let s = start(&context, &[&model[..], &["--symbols", "symbols.csv"]].concat());
+    // One astral character, which is one code point: offsets are not bytes and not UTF-16.
+    let text = "😀 $BRK.B $BTC $ES_F and $AAPL, Zyxquor rises, $5 does not";
+    let answer = s.post("/v1/classify", &json!({"input": text})).json();
+    let characters: Vec<char> = text.chars().collect();
+    let found: Vec<(String, String, String)> = answer["data"][0]["tickers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|t| {
+            let at = |name: &str| t[name].as_u64().unwrap() as usize;
+            let cut: String = characters[at("start")..at("end")].iter().collect();
+            let word = |name: &str| t[name].as_str().unwrap_or_default().to_owned();
+            (cut, word("symbol"), word("source"))
+        })
+        .collect();
+    let expected = [
+        ("$BRK.B", "BRK.B", "cashtag"),
+        ("$BTC", "BTC", "cashtag"),
+        ("$ES_F", "ES_F", "cashtag"),
+        ("$AAPL", "AAPL", "cashtag"),
+        ("Zyxquor", "ZYXQ", "name"),
+    ];
+    assert_eq!(found, expected.map(|(a, b, c)| (a.to_owned(), b.to_owned(), c.to_owned())));
+    let sectors: Vec<&Value> =
+        answer["data"][0]["tickers"].as_array().unwrap().iter().map(|ticker| &ticker["sector"]).collect();
+    assert_eq!((sectors[3], sectors[4]), (&json!("orchards"), &json!("invented")));
 }

@@ -98,7 +98,6 @@ fn alone(l: &Loaded, request: Request) -> Written {
 
 /// 20 prompts of up to 100 tokens, written together, token by token as Transformers writes them one by one.
 #[test]
-#[ignore = "generation.json has not been made yet: make_generation_goldens.py makes it"]
 fn greedy_is_transformers() {
     let l = loaded();
     let cases = golden("generation.json");

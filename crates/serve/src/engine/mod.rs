@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use cashtag_http::metrics::Registry;
-use cashtag_llama::adapter::Adapter;
+use cashtag_llama::adapter::{Adapter, ClassifierConfig};
 use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::config::LlamaConfig;
 use cashtag_llama::model::Llama;
@@ -93,6 +93,8 @@ pub enum State {
 pub struct Parts<B: cashtag_backend::Backend> {
     pub model: Llama<B>,
     pub checkpoint: Checkpoint,
+    /// How the model itself was trained to be asked, if it is a merged one.
+    pub trained: Option<ClassifierConfig>,
     /// The name of the model without an adapter.
     pub name: String,
     pub prompting: Prompting,

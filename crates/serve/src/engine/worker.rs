@@ -47,7 +47,7 @@ impl Worker {
     /// Prompts, adapters or caches that cannot be made. Errors of a batch are told to its callers and do not end the engine.
     pub fn run<B: Backend>(self, backend: B, parts: Parts<B>) -> cashtag_llama::Result<()> {
         let inner = self.inner.clone();
-        let Parts { model, checkpoint, name, prompting, adapters } = parts;
+        let Parts { model, checkpoint, trained, name, prompting, adapters } = parts;
         let capabilities = backend.capabilities();
         let is_cpu = capabilities.device == "cpu";
         let batch_rows = inner.config.max_batch_tokens.unwrap_or(if is_cpu { 512 } else { 8192 });
@@ -60,7 +60,7 @@ impl Worker {
             step_rows: if is_cpu { 64 } else { 512 },
             max_model_len,
         };
-        let base = Arc::new(Served::new(&checkpoint, &prompting, &name, None, None, None)?);
+        let base = Arc::new(Served::new(&checkpoint, &prompting, &name, None, None, trained.as_ref())?);
         let mut slots = vec![Slot::new(base.clone(), None)];
         let mut served = vec![base];
         for (adapter_name, dir, adapter) in adapters {

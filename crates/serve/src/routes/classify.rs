@@ -12,8 +12,8 @@ use cashtag_http::{Problem, RequestId};
 use serde_json::{Map, Value, json};
 
 use super::fields::{Fields, invalid, wrong};
-use super::{Service, add_costs, classify_in_time, now, shortest};
-use crate::engine::{ClassifyRequest, Lane, Scored, Served};
+use super::{Service, Tickers, add_costs, classify_in_time, now, shortest};
+use crate::engine::{ClassifyRequest, Failure, Lane, Scored, Served};
 
 pub(super) async fn classify(
     Shared(service): Shared<Service>,
@@ -37,9 +37,14 @@ pub(super) async fn classify(
     fields.only("use_activation", &[json!(true)])?;
     fields.only("messages", &[])?;
     let characters = texts.iter().map(|t| t.chars().count()).sum();
-    let tickers: Option<Vec<Value>> = service.tickers.as_ref().map(|find| texts.iter().map(|t| find(t)).collect());
+    // Looked through when there is an answer: a request that is refused costs nothing.
+    let looked_through = service.tickers.as_ref().map(|find| (find.clone(), texts.clone()));
     let request = ClassifyRequest { model, texts, truncate, timeout: None, lane: Lane::Interactive };
     let (served, scored) = classify_in_time(&service, request).await?;
+    let tickers = match looked_through {
+        Some((find, texts)) => Some(tickers(find, texts).await?),
+        None => None,
+    };
     let tokens: usize = scored.iter().map(|s| s.prompt_tokens).sum();
     let cached: usize = scored.iter().map(|s| s.cached_tokens).sum();
     let mut data: Vec<Value> = scored.iter().enumerate().map(|(i, s)| datum(i, &served, s)).collect();
@@ -62,6 +67,17 @@ pub(super) async fn classify(
     let mut response = json_response(StatusCode::OK, &answer);
     add_costs(&mut response, &service, started, characters, &scored);
     Ok(response)
+}
+
+async fn tickers(find: Tickers, texts: Vec<String>) -> Result<Vec<Value>, Problem> {
+    /// More bytes than this take milliseconds, which the threads of connections have no time for.
+    const QUICK: usize = 32 << 10;
+    let is_quick = texts.iter().map(String::len).sum::<usize>() <= QUICK;
+    let found = move || texts.iter().map(|text| find(text)).collect();
+    if is_quick {
+        return Ok(found());
+    }
+    tokio::task::spawn_blocking(found).await.map_err(|_| Failure::Ended.into())
 }
 
 fn texts(input: Option<Value>) -> Result<Vec<String>, Problem> {

@@ -1,5 +1,6 @@
 //! What is served: `/v1/models`, `/info`.
 
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State as Shared};
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -30,7 +31,12 @@ pub(super) async fn models(Shared(service): Shared<Service>) -> Result<Response,
     Ok(json_response(StatusCode::OK, &json!({"object": "list", "data": data})))
 }
 
-pub(super) async fn model(Shared(service): Shared<Service>, Path(id): Path<String>) -> Result<Response, Problem> {
+pub(super) async fn model(
+    Shared(service): Shared<Service>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Response, Problem> {
+    // What is no UTF-8 is nobody's name.
+    let id = id.map(|Path(id)| id).unwrap_or_default();
     Ok(json_response(StatusCode::OK, &card(&*service.engine.find(Some(&id))?)))
 }
 

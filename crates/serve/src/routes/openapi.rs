@@ -10,9 +10,9 @@ fn reference(name: &str) -> Value {
 fn operation(what: &str, request: Option<&str>, (kind, answer): (&str, Value), errors: &[u16], error: &str) -> Value {
     let mut responses = Map::new();
     responses.insert("200".into(), json!({"description": "The answer.", "content": {kind: {"schema": answer}}}));
-    for status in errors {
+    for status in EVERYWHERE.iter().chain(errors) {
         let description = match status {
-            400 => "The body is no valid JSON.",
+            400 => "The body is no valid JSON, or cannot be read.",
             401 => "No valid API key.",
             403 => "The key may not do this, or the page of another origin may not ask.",
             404 => "There is no such model or adapter.",
@@ -24,7 +24,7 @@ fn operation(what: &str, request: Option<&str>, (kind, answer): (&str, Value), e
             429 => {
                 "No room, or no answer within the deadline to be expected: try again after the seconds of `retry-after`."
             }
-            500 => "The model could not be run.",
+            500 => "The model could not be run, or a bug.",
             503 => "Not ready yet, or ending.",
             _ => "No answer within the deadline.",
         };
@@ -39,9 +39,17 @@ fn operation(what: &str, request: Option<&str>, (kind, answer): (&str, Value), e
     operation
 }
 
-const ASK: &[u16] = &[400, 401, 403, 404, 408, 413, 421, 422, 429, 500, 503, 504];
-const LOOK: &[u16] = &[401, 421, 503];
-const CHANGE: &[u16] = &[400, 401, 403, 404, 408, 409, 413, 421, 422, 429, 500, 503];
+/// The good answer may come as server-sent events too; each of them is a `Chunk`, or `[DONE]`, or at last an `Error`.
+fn streamed(mut operation: Value) -> Value {
+    operation["responses"]["200"]["content"]["text/event-stream"] = json!({"schema": {"type": "string"}});
+    operation
+}
+
+/// A body is read before a route is asked, whichever it is.
+const EVERYWHERE: &[u16] = &[400, 408, 413, 421, 429, 500];
+const ASK: &[u16] = &[401, 403, 404, 422, 503, 504];
+const LOOK: &[u16] = &[401, 503];
+const CHANGE: &[u16] = &[401, 403, 404, 409, 422, 503];
 
 /// The document.
 pub fn document() -> Value {
@@ -58,16 +66,16 @@ pub fn document() -> Value {
         "paths": {
             "/v1/classify": {"post": operation("Classify texts (vLLM's shape)", Some("ClassifyRequest"), json("ClassifyResponse"), ASK, "Error")},
             "/predict": {"post": operation("Classify texts (text-embeddings-inference's shape)", Some("PredictRequest"), json("PredictResponse"), ASK, "PredictError")},
-            "/v1/chat/completions": {"post": operation("Answer a conversation (OpenAI's shape; server-sent events with stream)", Some("ChatRequest"), json("Completion"), ASK, "Error")},
-            "/v1/completions": {"post": operation("Go on with a text (OpenAI's shape; server-sent events with stream)", Some("CompletionRequest"), json("Completion"), ASK, "Error")},
+            "/v1/chat/completions": {"post": streamed(operation("Answer a conversation (OpenAI's shape; server-sent events with stream)", Some("ChatRequest"), json("Completion"), ASK, "Error"))},
+            "/v1/completions": {"post": streamed(operation("Go on with a text (OpenAI's shape; server-sent events with stream)", Some("CompletionRequest"), json("Completion"), ASK, "Error"))},
             "/v1/models": {"get": operation("What is served", None, json("Models"), LOOK, "Error")},
-            "/v1/models/{id}": {"get": operation("One of them", None, json("Model"), &[401, 404, 421, 503], "Error")},
+            "/v1/models/{id}": {"get": operation("One of them", None, json("Model"), &[401, 404, 503], "Error")},
             "/v1/load_lora_adapter": {"post": operation("Load an adapter (role admin)", Some("LoadRequest"), json("Changed"), CHANGE, "Error")},
             "/v1/unload_lora_adapter": {"post": operation("Unload an adapter (role admin)", Some("UnloadRequest"), json("Changed"), CHANGE, "Error")},
-            "/health": {"get": operation("Whether it answers", None, json("Health"), &[421, 503], "Error")},
-            "/metrics": {"get": operation("Figures for Prometheus", None, text("text/plain"), &[401, 421], "Error")},
+            "/health": {"get": operation("Whether it answers", None, json("Health"), &[503], "Error")},
+            "/metrics": {"get": operation("Figures for Prometheus", None, text("text/plain"), &[401], "Error")},
             "/info": {"get": operation("Model and limits", None, json("Info"), LOOK, "Error")},
-            "/openapi.json": {"get": operation("This document", None, ("application/json", json!({"type": "object"})), &[401, 421], "Error")},
+            "/openapi.json": {"get": operation("This document", None, ("application/json", json!({"type": "object"})), &[401], "Error")},
         },
     })
 }
@@ -126,6 +134,7 @@ fn schemas() -> Value {
         "ChatRequest": with("messages", json!({"type": "array", "items": message})),
         "CompletionRequest": with("prompt", string.clone()),
         "Completion": object(json!({"id": string, "object": string, "created": whole, "model": string, "choices": {"type": "array", "items": {"type": "object"}}, "usage": usage}), &["id", "object", "created", "model", "choices", "usage"]),
+        "Chunk": object(json!({"id": string, "object": string, "created": whole, "model": string, "choices": {"type": "array", "items": {"type": "object"}}, "usage": usage}), &["id", "object", "created", "model", "choices"]),
         "Model": model,
         "Models": object(json!({"object": string, "data": {"type": "array", "items": reference("Model")}}), &["object", "data"]),
         "LoadRequest": object(json!({"lora_name": string, "lora_path": string}), &["lora_name", "lora_path"]),

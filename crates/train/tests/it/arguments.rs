@@ -1,12 +1,15 @@
 //! Each argument does what its name says in Transformers, PEFT and TRL: a test each that fails if it did nothing.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use cashtag_backend::Backend;
 use cashtag_backend_cpu::{CpuBackend, Precision};
+use cashtag_llama::checkpoint::Checkpoint;
 use cashtag_llama::lora::{Lora, LoraConfig, LoraTensors, Module};
 use cashtag_llama::model::{Checkpointing, Purpose, TrainPass};
 use cashtag_llama::packing::{TokenizedExample, TrainOn, pack};
+use cashtag_llama::prompt::{Label, PromptFormat, TooLong};
 use cashtag_train::schedule::learning_rate;
 use cashtag_train::{
     EndReason, Optimizer, OptimizerState, SaveStrategy, SchedulerType, TrainOutcome, TrainingArguments, Values,
@@ -63,6 +66,29 @@ fn epochs_steps_and_warm_up() {
     let rates: Vec<f64> = watch.reports.iter().map(|r| r.learning_rate).collect();
     assert_eq!(rates, (0..7).map(|s| learning_rate(&a, s, 7)).collect::<Vec<_>>());
     assert!(rates[0] == 0.0 && rates[2] == a.learning_rate);
+}
+
+/// `schedules.json` has what Transformers' own schedulers give, step by step (`make_schedule_goldens.py`).
+#[test]
+fn learning_rates_are_those_of_transformers() {
+    let cases: Vec<serde_json::Value> = serde_json::from_str(include_str!("schedules.json")).unwrap();
+    assert_eq!(cases.len(), 4 * 8);
+    for case in cases {
+        let number = |key: &str| case[key].as_u64().unwrap() as usize;
+        let total = number("total");
+        let a = TrainingArguments {
+            lr_scheduler_type: serde_json::from_value(case["type"].clone()).unwrap(),
+            learning_rate: 3e-4,
+            warmup_ratio: case["warmup_ratio"].as_f64().unwrap(),
+            warmup_steps: number("warmup_steps"),
+            ..quiet()
+        };
+        assert_eq!(a.warmup(total), number("warmup"), "{case}");
+        for (step, expected) in case["rates"].as_array().unwrap().iter().enumerate() {
+            let (found, expected) = (learning_rate(&a, step, total), expected.as_f64().unwrap());
+            assert!((found - expected).abs() < 1e-12, "step {step}: {found} for {expected} in {case}");
+        }
+    }
 }
 
 /// Moments after one step: m = (1-β₁)·g and Σv = (1-β₂)·|g|², with the gradient clipped before.
@@ -267,6 +293,94 @@ fn batches_accumulation_and_packing_are_invisible() {
         }
         let far = results[0].2.b.iter().zip(&tensors.b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
         assert!(far < 2e-4, "{far}");
+    }
+}
+
+/// How examples are cut is invisible in the result, so it is looked at: the batch sizes without packing, the budget with it.
+#[test]
+fn batches_hold_what_they_should() {
+    let tiny = Tiny::new(Precision::F32);
+    let cut = |batch, packing, budget| {
+        let dir = tempfile::tempdir().unwrap();
+        let a = TrainingArguments {
+            per_device_train_batch_size: batch,
+            gradient_accumulation_steps: 12 / batch,
+            packing,
+            max_tokens_per_batch: budget,
+            ..quiet()
+        };
+        let trainer = tiny.trainer(dir.path(), a);
+        let refs: Vec<&TokenizedExample> = tiny.examples[..12].iter().collect();
+        let ranges = trainer.micro_batches(&refs);
+        let rows: Vec<usize> = ranges.iter().map(|r| pack(&refs[r.clone()], &PREFIX, TrainOn::Answer).rows()).collect();
+        (ranges.iter().map(|r| r.len()).collect::<Vec<_>>(), rows)
+    };
+    assert_eq!(cut(4, false, 8).0, [4, 4, 4]);
+    assert_eq!(cut(3, false, 4096).0, [3, 3, 3, 3]);
+    assert_eq!(cut(4, true, 4096).0, [12]);
+    let (examples, rows) = cut(4, true, 30);
+    assert!(examples.len() > 3 && rows.iter().all(|r| *r <= 30) && rows.iter().any(|r| *r > 20), "{rows:?}");
+
+    // Batches of an evaluation: what it says of its speed.
+    let evaluated = |per_device_eval_batch_size, packing| {
+        let a = TrainingArguments {
+            max_steps: Some(1),
+            eval_strategy: SaveStrategy::Steps,
+            eval_steps: 1,
+            per_device_eval_batch_size,
+            packing,
+            ..quiet()
+        };
+        let (_, watch, _) = run(&tiny, a, Tiny::lora_config(), Watch::default());
+        let entry = watch.logs.iter().find(|e| e.contains_key("eval_loss")).unwrap();
+        (entry["eval_steps_per_second"] * entry["eval_runtime"]).round() as usize
+    };
+    assert_eq!((evaluated(1, false), evaluated(2, false), evaluated(4, false), evaluated(1, true)), (6, 3, 2, 1));
+}
+
+/// The bits are the same (above), the memory is not: a block keeps its input and nothing else.
+#[test]
+fn recomputed_blocks_take_less_memory() {
+    let tiny = Tiny::new(Precision::F32);
+    let lora = tiny.lora(Tiny::lora_config());
+    let bytes = |checkpointing| {
+        let before = tiny.backend.memory().0;
+        let ws = tiny.model.workspace(&tiny.backend, 512, Purpose::Training(checkpointing), Some(&lora)).unwrap();
+        let held = tiny.backend.memory().0 - before;
+        drop(ws);
+        held
+    };
+    let (all, block) = (bytes(Checkpointing::None), bytes(Checkpointing::Block));
+    println!("{all} bytes, {block} with recomputed blocks");
+    assert!(block * 20 < all * 19, "{block} of {all}");
+}
+
+/// `max_seq_length` by choice: the end of the text is cut off, or it is an error. Markup and answer stay whole.
+#[test]
+fn long_texts_lose_their_end_and_never_their_answer() {
+    let checkpoint = Checkpoint::open(&support::model_path()).unwrap();
+    let format = |max_seq_length, too_long| {
+        let labels = ["Positive", "Neutral", "Negative"].map(Label::new).to_vec();
+        let (tokenizer, template) = (Arc::new(checkpoint.tokenizer().unwrap()), checkpoint.chat_template().unwrap());
+        PromptFormat::new(tokenizer, template, Some("Mood?".into()), labels, max_seq_length, too_long).unwrap()
+    };
+    let long = "margins finally turning, long from here. ".repeat(60);
+    for most in [48, 200] {
+        let (cutting, strict) = (format(most, TooLong::Truncate), format(most, TooLong::Error));
+        for label in 0..3 {
+            let short = cutting.example("margins finally", label, 1.0).unwrap();
+            assert_eq!(strict.example("margins finally", label, 1.0).unwrap(), short);
+            let cut = cutting.example(&long, label, 1.0).unwrap();
+            assert!(cut.tokens.len() <= most && cut.tokens.len() + 6 > most, "{} of {most}", cut.tokens.len());
+            assert_eq!(cut.tokens[cut.answer_start..], short.tokens[short.answer_start..]);
+            // The end of the user's turn and the beginning of the answer's.
+            assert_eq!(
+                cut.tokens[cut.answer_start - 4..cut.answer_start],
+                short.tokens[short.answer_start - 4..short.answer_start]
+            );
+            let error = strict.example(&long, label, 1.0).unwrap_err().to_string();
+            assert!(error.contains("hint: raise max_seq_length, or truncate"), "{error}");
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The engine against Transformers + PEFT on the real 135M weights, and the trainer against itself.
 
 mod arguments;
+mod distributed;
 mod dora;
 mod files;
 mod goldens;

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import torch
+from golden_noise import signs, uniform
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,32 +29,6 @@ TEXTS = [
 ]
 R, ALPHA = 4, 8
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def philox(counter, key):
-    c = [x.astype(np.uint64) for x in counter]
-    k = [np.uint64(key[0]), np.uint64(key[1])]
-    mask = np.uint64(0xFFFFFFFF)
-    for i in range(10):
-        if i:
-            k = [(k[0] + np.uint64(0x9E3779B9)) & mask, (k[1] + np.uint64(0xBB67AE85)) & mask]
-        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        c = [(p1 >> np.uint64(32)) ^ c[1] ^ k[0], p1 & mask, (p0 >> np.uint64(32)) ^ c[3] ^ k[1], p0 & mask]
-    return c[0]
-
-
-def words(n, stream, seed):
-    i = np.arange(n, dtype=np.uint64)
-    zero = np.zeros(n, dtype=np.uint64)
-    return philox([i, zero + np.uint64(stream), zero, zero], (seed, 0))
-
-
-def uniform(n, stream, bound):
-    return ((words(n, stream, 1) >> np.uint64(8)).astype(np.float32) / np.float32(2**23) - 1) * np.float32(bound)
-
-
-def signs(n, stream, projection):
-    return 1.0 - 2.0 * (words(n, stream, 100 + projection) & np.uint64(1)).astype(np.float64)
 
 
 folder, name = sys.argv[1:3]

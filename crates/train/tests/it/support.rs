@@ -164,6 +164,7 @@ impl Tiny {
             fingerprint: "tiny".into(),
             resume: true,
             loss_scale: None,
+            group: None,
         }
     }
 }

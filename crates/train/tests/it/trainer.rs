@@ -88,6 +88,7 @@ impl Setup {
             fingerprint: "test".into(),
             resume: true,
             loss_scale: None,
+            group: None,
         }
     }
 }
