@@ -62,27 +62,12 @@ pub(crate) struct Scratch {
     words: Mutex<Vec<Vec<u32>>>,
 }
 
-impl Scratch {
-    fn with_fixed<R>(&self, f: impl FnOnce(&mut FixedPanels) -> R) -> R {
-        let mut panels = self.fixed.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
-        let result = f(&mut panels);
-        self.fixed.lock().unwrap_or_else(|e| e.into_inner()).push(panels);
-        result
-    }
-
-    fn with_panels<R>(&self, f: impl FnOnce(&mut Panels) -> R) -> R {
-        let mut panels = self.panels.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
-        let result = f(&mut panels);
-        self.panels.lock().unwrap_or_else(|e| e.into_inner()).push(panels);
-        result
-    }
-
-    fn with_words<R>(&self, f: impl FnOnce(&mut Vec<u32>) -> R) -> R {
-        let mut words = self.words.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
-        let result = f(&mut words);
-        self.words.lock().unwrap_or_else(|e| e.into_inner()).push(words);
-        result
-    }
+/// Calls `f` with a buffer of the pool, or with a new one if all are in use.
+fn with<T: Default, R>(pool: &Mutex<Vec<T>>, f: impl FnOnce(&mut T) -> R) -> R {
+    let mut buffer = pool.lock().unwrap_or_else(|e| e.into_inner()).pop().unwrap_or_default();
+    let result = f(&mut buffer);
+    pool.lock().unwrap_or_else(|e| e.into_inner()).push(buffer);
+    result
 }
 
 /// Words of panels for a `[k, n]`.
@@ -234,7 +219,7 @@ fn with_a_words<R>(a: View<'_, Bf16>, scratch: &Scratch, f: impl FnOnce(AWords) 
     if a.stride.is_multiple_of(2) && a.cols.is_multiple_of(2) {
         return f(AWords { ptr: a.data.as_ptr().cast(), row_stride: a.stride / 2, k_stride: 1, rows: a.rows, k_words });
     }
-    scratch.with_words(|words| {
+    with(&scratch.words, |words| {
         words.clear();
         words.reserve(a.rows * k_words);
         for i in 0..a.rows {
@@ -289,7 +274,7 @@ pub(crate) fn matmul(
         (a, b) => (bf16(a), bf16(b)),
     };
     let (out, rows, cols) = c_out(&mut c);
-    scratch.with_panels(|panels| {
+    with(&scratch.panels, |panels| {
         match form {
             Form::Nt => pack_nt(b.data, b.stride, b.rows, b.cols, panels, true),
             Form::Nn | Form::Tn => pack_nn(b.data, b.stride, b.rows, b.cols, panels, true),
@@ -303,7 +288,7 @@ pub(crate) fn matmul(
             }
             Form::Tn => {
                 assert_eq!((a.cols, a.rows), (rows, panels.k), "a does not fit");
-                scratch.with_words(|words| {
+                with(&scratch.words, |words| {
                     interleave_rows(a.data, a.stride, a.rows, a.cols, words, true);
                     let k_words = a.rows.div_ceil(2);
                     let a = AWords { ptr: words.as_ptr(), row_stride: 1, k_stride: a.cols, rows: a.cols, k_words };
@@ -377,7 +362,7 @@ pub(crate) fn linear(x: AnyView<'_>, w: &CpuWeight, accumulate: bool, mut y: Any
             let x = bf16(x);
             let (out, rows, cols) = c_out(&mut y);
             assert_eq!((x.rows, x.cols, w.out), (rows, w.inner, cols), "linear: shapes do not fit");
-            scratch.with_words(|words| {
+            with(&scratch.words, |words| {
                 let x = fixed::quantise(x, None, weight.norms(), words);
                 // SAFETY: y is a view of this size, borrowed mutably.
                 unsafe { fixed::gemm(&x, weight.panels(), Some(weight.scales()), accumulate, out) }
@@ -406,7 +391,7 @@ pub(crate) fn linear_backward(
             let dy = bf16(dy);
             let (out, rows, cols) = c_out(&mut dx);
             assert_eq!((dy.rows, dy.cols, w.inner), (rows, w.out, cols), "linear_backward: shapes do not fit");
-            scratch.with_panels(|panels| {
+            with(&scratch.panels, |panels| {
                 for first in (0..w.out).step_by(BACKWARD_ROWS) {
                     let part = first..(first + BACKWARD_ROWS).min(w.out);
                     transpose_panels(forward, part.clone(), panels);
@@ -421,13 +406,13 @@ pub(crate) fn linear_backward(
             let dy = bf16(dy);
             let (out, rows, cols) = c_out(&mut dx);
             assert_eq!((dy.rows, dy.cols, w.inner), (rows, w.out, cols), "linear_backward: shapes do not fit");
-            scratch.with_fixed(|panels| {
+            with(&scratch.fixed, |panels| {
                 for (index, first) in (0..w.out).step_by(BACKWARD_ROWS).enumerate() {
                     let part = first..(first + BACKWARD_ROWS).min(w.out);
                     weight.transpose(part.clone(), panels);
                     let dy = dy.part(0, dy.rows, part.start, part.len());
                     let (factors, norms) = weight.backward_part(index);
-                    scratch.with_words(|words| {
+                    with(&scratch.words, |words| {
                         let dy = fixed::quantise(dy, Some(factors), norms, words);
                         // SAFETY: dx is a view of this size, borrowed mutably.
                         unsafe { fixed::gemm(&dy, panels, None, accumulate || first > 0, out) }

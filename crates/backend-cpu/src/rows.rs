@@ -84,6 +84,7 @@ fn philox_lanes(first: u32, row: u32, site: u32, step: u32, seed: u64) -> [[u32;
         if round > 0 {
             key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
         }
+        #[allow(clippy::needless_range_loop, reason = "all four rows are indexed by the lane")]
         for i in 0..LANES {
             let p0 = 0xD251_1F53u64 * u64::from(c[0][i]);
             let p1 = 0xCD9E_8D57u64 * u64::from(c[2][i]);

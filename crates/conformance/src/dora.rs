@@ -3,7 +3,7 @@
 use cashtag_backend::{Backend, Result, WeightSource};
 
 use crate::harness::{Harness, Kind, Lie};
-use crate::linear::{Offer, source};
+use crate::linear::{Offer, source, stack};
 
 pub(crate) fn run<A: Backend, B: Backend>(h: &mut Harness<'_, A, B>) -> Result<()> {
     let rows = h.random.between(1, 90);
@@ -38,11 +38,9 @@ pub(crate) fn run<A: Backend, B: Backend>(h: &mut Harness<'_, A, B>) -> Result<(
     }
 
     for offer in [Offer::Rows, Offer::F32, Offer::Nf4] {
-        let inner = h.random.pick(&[64, 192, 576]);
-        let outs: Vec<usize> = (0..h.random.between(1, 3)).map(|_| h.random.between(1, 120)).collect();
-        let sources: Vec<_> = outs.iter().map(|&o| source(h, o, inner, offer)).collect();
+        let (inner, sources) = stack(h, offer, &[64, 192, 576]);
         let list: Vec<&dyn WeightSource> = sources.iter().map(|s| s as &dyn WeightSource).collect();
-        norms(h, &list, inner, outs.iter().sum(), &format!("{offer:?}"))?;
+        norms(h, &list, inner, list.iter().map(|s| s.rows()).sum(), &format!("{offer:?}"))?;
     }
     let odd = source(h, 37, 90, Offer::Rows);
     norms(h, &[&odd], 90, 37, "odd columns")

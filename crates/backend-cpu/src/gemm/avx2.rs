@@ -182,6 +182,7 @@ unsafe fn kernel<const R: usize>(a: Planes, row: usize, b: *const u32, k_words: 
 }
 
 /// The same pointer, without the compiler knowing that it is the same.
+#[allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is read through it")]
 #[inline(always)]
 fn hidden(mut pointer: *const u32) -> *const u32 {
     // SAFETY: no instruction at all; the register keeps its value.

@@ -154,21 +154,24 @@ fn the_scalar_twin_agrees() {
     }
 }
 
+/// The products `[m, k]·[k, n]` of the small model, and a large one, whose rate is measured.
+pub(super) const RATED: [(usize, usize, usize); 8] = [
+    (1024, 1536, 576),
+    (1024, 576, 1536),
+    (1024, 960, 576),
+    (1024, 3072, 576),
+    (1024, 64, 576),
+    (1024, 576, 64),
+    (64, 3072, 576),
+    (512, 4096, 4096),
+];
+
 #[test]
 #[ignore = "a measurement"]
 fn rate() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     pool.install(|| {
-        for (m, n, k) in [
-            (1024, 1536, 576),
-            (1024, 576, 1536),
-            (1024, 960, 576),
-            (1024, 3072, 576),
-            (1024, 64, 576),
-            (1024, 576, 64),
-            (64, 3072, 576),
-            (512, 4096, 4096),
-        ] {
+        for (m, n, k) in RATED {
             let (a, b) = (random(m * k, 1), random(n * k, 2));
             let mut panels = Panels::default();
             pack_nt(&b, k, n, k, &mut panels, false);

@@ -48,8 +48,8 @@ pub(crate) fn other_rank() -> Option<usize> {
 pub(crate) fn join(job: &str) -> anyhow::Result<Option<Group>> {
     let Some(world) = world()? else { return Ok(None) };
     let abandon = |error: &cashtag_train::Error| {
-        let code = exit::report(&anyhow::anyhow!("{error}"));
-        std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));
+        exit::report(&anyhow::anyhow!("{error}"));
+        std::process::exit(1);
     };
     Ok(Some(Group::join(world, job, abandon)?))
 }
@@ -73,9 +73,12 @@ pub(crate) fn launch(gpus: &Gpus) -> anyhow::Result<bool> {
     }
     let found = probe();
     if n == 0 || n > found.gpus.len() {
-        let missing = found.missing().map(|m| format!(" ({m})")).unwrap_or_default();
+        let missing = found.missing().unwrap_or_default();
+        let (what, hint) = missing.split_once("\n  hint: ").unwrap_or((&missing, ""));
+        let what = if what.is_empty() { String::new() } else { format!(": {what}") };
+        let hint = if hint.is_empty() { String::new() } else { format!("{hint}; or ") };
         anyhow::bail!(Usage(format!(
-            "--gpus {n}: this machine has {} that can be used{missing}\n  hint: leave it out to train on one device",
+            "--gpus {n}: this machine has {} that can be used{what}\n  hint: {hint}leave it out to train on one device",
             found.gpus.len()
         )));
     }
@@ -113,10 +116,9 @@ impl Ranks {
                     None => running += 1,
                     Some(status) if !status.success() && failed.is_none() => {
                         failed = Some((rank, Instant::now()));
-                        if exit::stop_requested() {
-                            continue;
+                        if !exit::stop_requested() {
+                            output::warn(format!("rank {rank} failed ({status}); waiting for the others to end"));
                         }
-                        output::warn(format!("rank {rank} failed ({status}); waiting for the others to end"));
                     }
                     Some(_) => {}
                 }

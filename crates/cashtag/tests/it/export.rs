@@ -115,6 +115,13 @@ fn best(row: &[f64]) -> usize {
     (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap()
 }
 
+/// How far the best label is ahead of the next.
+fn lead(row: &[f64]) -> f64 {
+    let mut sorted = row.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    sorted[0] - sorted[1]
+}
+
 /// Largest difference of a probability.
 fn distance(a: &[Vec<f64>], b: &[Vec<f64>]) -> f64 {
     assert_eq!((a.len(), b.len()), (TEXTS.len(), TEXTS.len()));
@@ -194,7 +201,10 @@ fn others_read_what_is_written() {
         let far = distance(&own["lora"], &found);
         println!("{name}: probabilities differ by at most {far:.1e}");
         assert!(far < limit, "{name}: {far}: {found:?} for {:?}", own["lora"]);
-        assert_eq!(found.iter().map(|r| best(r)).collect::<Vec<_>>(), labels, "{name}");
+        // The adapter is noise, so some texts are close to a tie; the others have the same label.
+        let clear: Vec<usize> = (0..labels.len()).filter(|&i| lead(&own["lora"][i]) > limit).collect();
+        assert!(clear.len() >= 3, "only {clear:?} are clear: {:?}", own["lora"]);
+        assert!(clear.iter().all(|&i| best(&found[i]) == labels[i]), "{name}: {found:?} for {:?}", own["lora"]);
     }
     if let Some(found) = said.get("rslora.gguf").map(rows) {
         let far = distance(&own["rslora"], &found);

@@ -28,13 +28,10 @@ impl Rank {
             std::thread::sleep(Duration::from_millis(20));
         }
         let mut said = String::new();
-        for pipe in [
-            self.0.stdout.take().map(|p| Box::new(p) as Box<dyn std::io::Read>),
-            self.0.stderr.take().map(|p| Box::new(p) as _),
-        ] {
-            if let Some(mut pipe) = pipe {
-                std::io::Read::read_to_string(&mut pipe, &mut said).unwrap();
-            }
+        let pipes: [Option<Box<dyn std::io::Read>>; 2] =
+            [self.0.stdout.take().map(|p| Box::new(p) as _), self.0.stderr.take().map(|p| Box::new(p) as _)];
+        for mut pipe in pipes.into_iter().flatten() {
+            std::io::Read::read_to_string(&mut pipe, &mut said).unwrap();
         }
         (self.0.wait().unwrap().code(), said)
     }

@@ -15,7 +15,7 @@ const READERS: [(&str, &str); 3] = [
         "duckdb",
         "import duckdb, sys
 b = sys.argv[1] + '/bars/**/*.parquet'
-q = lambda s: duckdb.sql(s).fetchone()
+q = lambda s: duckdb.sql(s).fetchall()[0]
 print(q(f\"select count(*), sum(mentions) from read_parquet('{b}', hive_partitioning=true) where ticker='AAA' and interval='1m'\"))
 print(q(f\"select count(*), count(distinct date) from '{sys.argv[1]}/scores/**/*.parquet'\"))
 print(q(f\"select count(*) from '{sys.argv[1]}/scores/**/*.parquet' where list_contains(tickers, 'AAA') and available_at >= received_at and p_positive > 0.5\"))",

@@ -50,7 +50,7 @@ fn a_full_disk_makes_sources_wait_and_room_lets_them_go_on() {
     let data = disk.path().join("data");
     let rig = Rig::start(listening(&data), vec![Box::new(Replay::file(path, Speed::Fastest))]);
     let failures = |r: &Rig| r.shared.counters.store_failures.load(Ordering::Relaxed);
-    let waits = |r: &Rig| r.shared.inlet.board().to_json()[0]["detail"].as_str().unwrap().contains("waiting");
+    let waits = |r: &Rig| r.shared.inlet.board().to_json()[0]["detail"].as_str().is_some_and(|d| d.contains("waiting"));
     rig.until("it notices", |r| failures(r) > 0 || waits(r));
     // A full disk refuses posts; it does not lose them.
     let mut attempt = 0;

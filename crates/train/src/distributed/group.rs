@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::wire::{self, Hello, PIECE, Purpose};
 use super::world::{World, share};
+use crate::checkpoint::bytes_of;
 use crate::error::{Error, Result};
 use crate::state::LogEntry;
 
@@ -226,29 +227,23 @@ impl Group {
     pub fn sum(&mut self, values: &mut [f32]) -> Result<()> {
         let op = self.next();
         for piece in values.chunks_mut(PIECE / 4) {
-            let bytes: Vec<u8> = piece.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let len = size_of_val(piece);
             if self.is_main() {
                 for i in 0..self.work.len() {
-                    let theirs =
-                        wire::receive(&mut self.work[i], op, bytes.len()).map_err(|e| self.failed(i + 1, e))?;
-                    if theirs.len() != bytes.len() {
-                        let what = format!("sent {} bytes where {} are expected", theirs.len(), bytes.len());
+                    let theirs = wire::receive(&mut self.work[i], op, len).map_err(|e| self.failed(i + 1, e))?;
+                    if theirs.len() != len {
+                        let what = format!("sent {} bytes where {len} are expected", theirs.len());
                         return Err(self.failed(i + 1, io::Error::new(io::ErrorKind::InvalidData, what)));
                     }
-                    for (v, b) in piece.iter_mut().zip(theirs.as_chunks::<4>().0) {
-                        *v += f32::from_le_bytes(*b);
-                    }
+                    piece.iter_mut().zip(floats(&theirs)).for_each(|(v, of)| *v += of);
                 }
-                let sum: Vec<u8> = piece.iter().flat_map(|v| v.to_le_bytes()).collect();
                 for i in 0..self.work.len() {
-                    wire::send(&mut self.work[i], op, &sum).map_err(|e| self.failed(i + 1, e))?;
+                    wire::send(&mut self.work[i], op, bytes_of(piece)).map_err(|e| self.failed(i + 1, e))?;
                 }
             } else {
-                wire::send(&mut self.work[0], op, &bytes).map_err(|e| self.failed(0, e))?;
-                let sum = wire::receive(&mut self.work[0], op, bytes.len()).map_err(|e| self.failed(0, e))?;
-                for (v, b) in piece.iter_mut().zip(sum.as_chunks::<4>().0) {
-                    *v = f32::from_le_bytes(*b);
-                }
+                wire::send(&mut self.work[0], op, bytes_of(piece)).map_err(|e| self.failed(0, e))?;
+                let sum = wire::receive(&mut self.work[0], op, len).map_err(|e| self.failed(0, e))?;
+                piece.iter_mut().zip(floats(&sum)).for_each(|(v, of)| *v = of);
             }
         }
         Ok(())
@@ -295,6 +290,10 @@ impl Drop for Group {
         }
         self.shared.end_connections();
     }
+}
+
+fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
+    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))
 }
 
 fn broken(e: io::Error) -> Error {

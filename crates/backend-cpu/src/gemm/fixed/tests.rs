@@ -225,15 +225,7 @@ fn the_ends_of_the_range_of_bf16() {
 fn fixed_rate() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     pool.install(|| {
-        for (m, n, k) in [
-            (1024, 1536, 576),
-            (1024, 576, 1536),
-            (1024, 960, 576),
-            (1024, 3072, 576),
-            (1024, 576, 64),
-            (64, 3072, 576),
-            (512, 4096, 4096),
-        ] {
+        for (m, n, k) in crate::gemm::tests::RATED {
             let x = narrow(&random(m * k, 2, 1.0));
             let fixed = weight(&random(n * k, 1, 1.0), n, k, 4096);
             let mut c = vec![Bf16(0); m * n];
