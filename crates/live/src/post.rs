@@ -138,6 +138,11 @@ impl AuthorKey {
         }
     }
 
+    /// A name for the data directory, which does not give the key away.
+    pub(crate) fn name(&self) -> String {
+        hex(&digest(&[b"name", &self.0])[..4])
+    }
+
     /// A key for tests and measurements.
     pub fn fixed(byte: u8) -> Self {
         Self([byte; 32])

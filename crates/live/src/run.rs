@@ -14,6 +14,8 @@ use serde_json::Value;
 use crate::alerts::{Alerts, Rule};
 use crate::api;
 use crate::board::{Board, SourceStatus};
+use crate::bus::BusOptions;
+use crate::bus::front::Front;
 use crate::error::{Error, Result};
 use crate::hub::Hub;
 use crate::inlet::Inlet;
@@ -45,6 +47,8 @@ pub struct LiveOptions {
     /// What `/v1/quality` shows.
     pub quality: Value,
     pub tickers: Arc<dyn Tickers>,
+    /// Workers score and sum; `None`: everything happens here.
+    pub bus: Option<BusOptions>,
 }
 
 impl LiveOptions {
@@ -60,6 +64,7 @@ impl LiveOptions {
             http: None,
             quality: Value::Object(serde_json::Map::new()),
             tickers,
+            bus: None,
         }
     }
 }
@@ -97,6 +102,16 @@ pub fn run(
     let (hub, readers) = (Hub::default(), Readers::new(data));
     let board = Board::new(hub.clone());
     let names = AuthorKey::open(data)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("live")
+        .enable_all()
+        .build()
+        .map_err(Error::io("start threads for", data))?;
+    let bus = match options.bus {
+        None => None,
+        Some(bus) => Some(Front::open(bus, model.version(), names.name(), runtime.handle().clone())?),
+    };
     let inlet = Inlet::new(log.clone(), readers.clone(), names, model.version(), board, stop.clone());
     let (questions, asked) = sync_channel(QUESTIONS);
     let shared = Arc::new(Shared {
@@ -110,6 +125,7 @@ pub fn run(
         questions,
         quality: options.quality,
         tickers: options.tickers,
+        bus: Mutex::default(),
         delivered: Mutex::default(),
     });
     let mut pipeline = Pipeline::resume(Parts {
@@ -121,14 +137,9 @@ pub fn run(
         alerts: Alerts::new(options.rules),
         windows: options.windows,
         options: options.pipeline,
+        bus,
         stop: stop.clone(),
     })?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("live")
-        .enable_all()
-        .build()
-        .map_err(Error::io("start threads for", data))?;
     let server = match options.http {
         None => None,
         Some(mut config) => {
