@@ -1,4 +1,4 @@
-//! How fast the pipeline is without a model: from a file to closed windows. `docs/live.md` has the figure and its command.
+//! How fast the pipeline is without a model: from a file to closed windows. `docs/live.md` has the command.
 
 use std::time::Instant;
 
