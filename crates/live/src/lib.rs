@@ -16,6 +16,7 @@
 pub mod alerts;
 pub mod api;
 pub mod board;
+pub mod bus;
 mod copies;
 mod error;
 pub mod export;

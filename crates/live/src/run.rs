@@ -14,6 +14,8 @@ use serde_json::Value;
 use crate::alerts::{Alerts, Rule};
 use crate::api;
 use crate::board::{Board, SourceStatus};
+use crate::bus::BusOptions;
+use crate::bus::front::Front;
 use crate::error::{Error, Result};
 use crate::hub::Hub;
 use crate::inlet::Inlet;
@@ -50,6 +52,8 @@ pub struct LiveOptions {
     pub tickers: Arc<dyn Tickers>,
     /// Is told what a start waits for.
     pub waiting: Box<dyn Fn(&str) + Send>,
+    /// Workers score and sum; `None`: everything happens here.
+    pub bus: Option<BusOptions>,
 }
 
 impl LiveOptions {
@@ -67,6 +71,7 @@ impl LiveOptions {
             quality: Value::Object(serde_json::Map::new()),
             tickers,
             waiting: Box::new(|_| {}),
+            bus: None,
         }
     }
 }
@@ -108,6 +113,16 @@ pub fn run(
         stop: &stop,
         waiting: &*options.waiting,
     })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("live")
+        .enable_all()
+        .build()
+        .map_err(Error::io("start threads for", data))?;
+    let bus = match options.bus {
+        None => None,
+        Some(bus) => Some(Front::open(bus, model.version(), names.fingerprint(), runtime.handle().clone())?),
+    };
     let (hub, readers) = (Hub::default(), Readers::new(options.location.clone()));
     let dead_letters_before = readers.with(|r| r.dead_letter_count())?;
     let board = Board::new(hub.clone());
@@ -126,6 +141,7 @@ pub fn run(
         questions,
         quality: options.quality,
         tickers: options.tickers,
+        bus: Mutex::default(),
         delivered: Mutex::default(),
     });
     let mut pipeline = Pipeline::resume(Parts {
@@ -137,14 +153,9 @@ pub fn run(
         alerts: Alerts::new(options.rules),
         windows: options.windows,
         options: options.pipeline,
+        bus,
         stop: stop.clone(),
     })?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("live")
-        .enable_all()
-        .build()
-        .map_err(Error::io("start threads for", data))?;
     let server = match options.http {
         None => None,
         Some(mut config) => {

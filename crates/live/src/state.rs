@@ -112,6 +112,7 @@ pub struct Counters {
     pub dead_letters: AtomicU64,
     pub checkpoints: AtomicU64,
     pub store_failures: AtomicU64,
+    pub bus_failures: AtomicU64,
     pub windows_in_memory: AtomicU64,
     pub log_bytes: AtomicU64,
 }
@@ -122,7 +123,7 @@ impl Counters {
     }
 
     /// Name, what it is, type, value; as Prometheus wants to know it.
-    pub fn all(&self) -> [(&'static str, &'static str, &'static str, u64); 10] {
+    pub fn all(&self) -> [(&'static str, &'static str, &'static str, u64); 11] {
         let of = |c: &AtomicU64| c.load(Ordering::Relaxed);
         [
             ("posts_scored_total", "Posts scored and counted", "counter", of(&self.scored)),
@@ -143,6 +144,7 @@ impl Counters {
                 "counter",
                 of(&self.store_failures),
             ),
+            ("bus_failures_total", "Publications that failed and were tried again", "counter", of(&self.bus_failures)),
             ("windows_in_memory", "Windows that are not final", "gauge", of(&self.windows_in_memory)),
             ("log_bytes", "Size of the log", "gauge", of(&self.log_bytes)),
         ]
@@ -204,6 +206,8 @@ pub struct Shared {
     /// `metrics.json` of the run that the adapter comes from.
     pub quality: Value,
     pub tickers: Arc<dyn crate::tickers::Tickers>,
+    /// Workers, partitions and what waits on the bus; null without one.
+    pub bus: Mutex<Value>,
     /// Alerts that a webhook has taken, to be marked by the thread that writes the store.
     pub delivered: Mutex<Vec<i64>>,
 }
@@ -223,6 +227,10 @@ impl Shared {
         if self.store.note(trouble) {
             self.hub.publish(Kind::Store, self.store.to_json());
         }
+    }
+
+    pub(crate) fn bus(&self) -> Value {
+        self.bus.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn take_delivered(&self) -> Vec<i64> {

@@ -1,5 +1,7 @@
 //! `cashtag live`: sources in, signals out, on a page and over HTTP.
 
+mod worker;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -54,11 +56,15 @@ pub(crate) struct Args {
     #[command(flatten)]
     serving: Serving,
     #[command(flatten)]
+    bus: worker::Bus,
+    #[command(flatten)]
     settings: Flags<Inference>,
 }
 
 #[derive(clap::Subcommand)]
 enum Action {
+    /// Score and sum for a `cashtag live --bus`
+    Worker(worker::Worker),
     /// Write what was scored as Parquet, for DuckDB, polars and pandas
     Export(Export),
 }
@@ -210,8 +216,10 @@ struct Serving {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    if let Some(Action::Export(export)) = &args.action {
-        return write_export(export);
+    match &args.action {
+        Some(Action::Export(export)) => return write_export(export),
+        Some(Action::Worker(worker)) => return worker.run(),
+        None => {}
     }
     let mut settings = args.settings.resolve()?;
     let named = settings.is_set("model.name");
@@ -247,9 +255,8 @@ impl Job for Live<'_> {
         let model = engine::load(&backend, &opened.checkpoint)?;
         let lora = engine::load_lora(&backend, &model, opened.adapter.as_ref())?;
         let budget = settings.training.max_tokens_per_batch;
-        let mut classifier = Classifier::new(&backend, &model, lora.as_ref(), &opened.format, budget)?;
-        classifier.temperature = opened.temperature();
-        let mut scorer = StreamScorer { classifier, info: model_info(settings, &opened)? };
+        let classifier = Classifier::new(&backend, &model, lora.as_ref(), &opened.format, budget)?;
+        let mut scorer = pipeline_scorer(settings, &opened, classifier)?;
         let _clean = exit::clean_stop();
         let stop = follow_signals();
         let summary = cashtag_live::run(options, sources, &mut scorer, stop, |started| announce(&started))?;
@@ -262,6 +269,15 @@ impl Job for Live<'_> {
         }
         if failed.is_empty() { Ok(()) } else { Err(anyhow!(failed.join("\n"))) }
     }
+}
+
+fn pipeline_scorer<'a, B: Backend>(
+    settings: &Settings,
+    opened: &Opened,
+    mut classifier: Classifier<'a, B>,
+) -> anyhow::Result<StreamScorer<'a, B>> {
+    classifier.temperature = opened.temperature();
+    Ok(StreamScorer { classifier, info: model_info(settings, opened)? })
 }
 
 fn announce(started: &Started<'_>) {
@@ -410,6 +426,7 @@ fn options(args: &Args, data: PathBuf, tickers: Arc<dyn Tickers>) -> anyhow::Res
     };
     options.rules = rules.map_err(Usage)?;
     options.webhook.clone_from(&s.alert_webhook);
+    options.bus = args.bus.options()?;
     options.http = if args.serving.no_http { None } else { Some(http(&args.serving)?) };
     Ok(options)
 }

@@ -15,7 +15,7 @@ mod disk;
 mod pg;
 
 /// A few minutes of an invented market; every text once.
-fn day(posts: usize) -> String {
+pub(crate) fn day(posts: usize) -> String {
     let said = ["beats on earnings and raises its outlook", "misses and cuts its outlook", "will report on Tuesday"];
     let line = |i: usize| {
         let (ticker, text) = (["NVDA", "AAPL"][i % 2], said[i % 3]);

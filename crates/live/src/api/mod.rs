@@ -139,6 +139,15 @@ async fn metrics(State(api): State<Api>) -> Response {
     );
     let up = u8::from(shared.store.to_json()["state"] == "connected");
     line("store_up", "1 if the store takes what is written", "gauge", &[(String::new(), up.to_string())]);
+    for (name, help) in [
+        ("unanswered", "Posts that are out for scoring"),
+        ("tasks_waiting", "Texts that no worker has taken"),
+        ("tasks_taken", "Texts that workers have not answered yet"),
+    ] {
+        if let Some(value) = shared.bus()[name].as_u64() {
+            line(&format!("bus_{name}"), help, "gauge", &[(String::new(), value.to_string())]);
+        }
+    }
     let delays = shared.delays.lock().unwrap_or_else(std::sync::PoisonError::into_inner).to_json();
     for (name, value) in delays.as_object().into_iter().flatten().filter(|(_, v)| v.is_number()) {
         line(name, "Delay in milliseconds", "gauge", &[(String::new(), value.to_string())]);

@@ -30,7 +30,7 @@ pub(super) async fn overview(State(api): State<Api>, Query(q): Parameters) -> Re
     Ok(ok(&json!({
         "window": window, "as_of": as_of, "market": market, "movers": movers, "sectors": sectors,
         "sources": shared.inlet.board().to_json(), "store": shared.store.to_json(), "lag": lag,
-        "model": shared.model.to_json(), "dead_letters": shared.dead_letters(),
+        "model": shared.model.to_json(), "dead_letters": shared.dead_letters(), "bus": shared.bus(),
     })))
 }
 

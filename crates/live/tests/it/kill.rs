@@ -39,7 +39,7 @@ fn the_process() {
 }
 
 /// The two sources are hours apart, and nothing may be too late.
-fn patient(mut options: LiveOptions) -> LiveOptions {
+pub(crate) fn patient(mut options: LiveOptions) -> LiveOptions {
     options.windows.allowed_lateness = 3 * DAY;
     options
 }
@@ -79,7 +79,7 @@ impl Process {
 }
 
 /// Sends posts until the time is over; returns how many were acknowledged. What was not answered is sent again next time.
-fn send(url: &str, posts: &[Given], from: usize, until: Instant) -> usize {
+pub(crate) fn send(url: &str, posts: &[Given], from: usize, until: Instant) -> usize {
     let agent = ureq::Agent::new_with_config(ureq::Agent::config_builder().proxy(None).build());
     let mut sent = from;
     while sent < posts.len() && Instant::now() < until {

@@ -2,12 +2,16 @@
 //! oracle can compute every number from the input alone; the real model is tested with the binary.
 
 mod api;
+mod bus;
+mod bus_kill;
 mod clock;
 mod disk;
 mod export;
 mod faults;
+mod figures;
 mod jetstream;
 mod kill;
+mod nats;
 mod oracle;
 mod page;
 mod pg;
