@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use async_nats::ConnectOptions;
-use async_nats::jetstream::context::AccountErrorKind;
+use async_nats::client::RequestErrorKind;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, Info, RetentionPolicy, StorageType, Stream};
 use async_nats::jetstream::{Context, ContextBuilder, ErrorCode};
 
@@ -55,13 +55,7 @@ impl Bus {
             .max_ack_inflight(IN_FLIGHT)
             .backpressure_on_inflight(true)
             .build(client.clone());
-        context.query_account().await.map_err(|e| match e.kind() {
-            AccountErrorKind::JetStreamUnavailable | AccountErrorKind::JetStream(_) => Error::Invalid(format!(
-                "the NATS server at {} has no JetStream\n  hint: nats-server --jetstream --store_dir DIR",
-                shown(url)
-            )),
-            _ => Error::Invalid(format!("the NATS server at {} does not answer: {e}", shown(url))),
-        })?;
+        has_jetstream(&client, &shown(url)).await?;
         Ok(Self { client, context, names: Names(options.name.clone()) })
     }
 
@@ -83,13 +77,17 @@ impl Bus {
                 num_replicas: 1,
                 ..Config::default()
             };
-            let name = config.name.clone();
-            let found = self
-                .context
-                .get_or_create_stream(config)
-                .await
-                .map_err(|e| Error::Invalid(format!("the NATS server does not make the stream {name}: {e}")))?;
-            is_ours(found.cached_info(), log, options.partitions)?;
+            let refused = |e: &dyn std::fmt::Display| {
+                let name = self.names.stream(kind);
+                Error::Invalid(format!("the NATS server does not make the stream {name}: {e}"))
+            };
+            let found = self.context.get_or_create_stream(config.clone()).await.map_err(|e| refused(&e))?;
+            let info = found.cached_info();
+            is_ours(info, log, options.partitions)?;
+            // More room is how a full stream goes on.
+            if info.config.max_bytes != options.max_bytes {
+                self.context.update_stream(config).await.map_err(|e| refused(&e))?;
+            }
         }
         Ok(())
     }
@@ -118,6 +116,21 @@ impl Bus {
             None => purge.await,
         };
     }
+}
+
+/// Asked and read by hand: the client's own type of the answer wants fields that servers have from 2.10 on.
+async fn has_jetstream(client: &async_nats::Client, url: &str) -> Result<()> {
+    let none = || {
+        let hint = "hint: nats-server --jetstream --store_dir DIR";
+        Error::Invalid(format!("the NATS server at {url} has no JetStream\n  {hint}"))
+    };
+    let answer = match client.request("$JS.API.INFO", "".into()).await {
+        Ok(answer) => answer,
+        Err(e) if e.kind() == RequestErrorKind::NoResponders => return Err(none()),
+        Err(e) => return Err(Error::Invalid(format!("the NATS server at {url} does not answer: {e}"))),
+    };
+    let answer: serde_json::Value = serde_json::from_slice(&answer.payload).unwrap_or_default();
+    if answer["limits"].is_object() { Ok(()) } else { Err(none()) }
 }
 
 /// 50 ms, twice as much each time, at most 2 s.

@@ -352,7 +352,7 @@ impl Front {
             for (index, outcome) in busy.into_iter().zip(outcomes) {
                 let partition = &mut self.partitions[index];
                 match outcome {
-                    Ok(at) if at < partition.last => return Err(replaced(&self.bus.names.stream(Kind::Counted))),
+                    Ok(at) if at <= partition.last => return Err(replaced(&self.bus.names.stream(Kind::Counted))),
                     Ok(at) => {
                         partition.last = at;
                         if let Some((_, through)) = partition.waiting.pop_front() {

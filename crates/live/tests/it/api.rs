@@ -41,7 +41,7 @@ fn every_route_answers_as_the_contract_says(place: &Place) {
     let overview = rig.get("/v1/overview?window=1h");
     assert_eq!(
         keys(&overview),
-        ["as_of", "dead_letters", "lag", "market", "model", "movers", "sectors", "sources", "store", "window"]
+        ["as_of", "bus", "dead_letters", "lag", "market", "model", "movers", "sectors", "sources", "store", "window"]
     );
     assert_eq!(keys(&overview["model"]), ["adapter", "labels", "name", "temperature"]);
     assert_eq!(

@@ -12,10 +12,11 @@ use cashtag_live::bus::{BusOptions, WorkerOptions, work};
 use cashtag_live::scorer::{ModelInfo, Scorer};
 use cashtag_live::sources::Source;
 use cashtag_live::sources::file::{Replay, Speed};
+use cashtag_live::windows::Window;
 use serde_json::{Value, json};
 
 use crate::nats::Nats;
-use crate::oracle::{Given, assert_same, lines, stream};
+use crate::oracle::{Given, assert_same, compare, expect, found_unchecked, lines, stream};
 use crate::rig::{Pure, Rig, listening, write};
 
 fn bus(nats: &Nats) -> BusOptions {
@@ -68,9 +69,12 @@ fn status(rig: &Rig) -> Value {
     rig.get("/v1/overview")["bus"].take()
 }
 
+fn is_behind(rig: &Rig) -> bool {
+    status(rig)["partitions"].as_array().is_some_and(|p| p.iter().any(|p| p["behind"] != 0))
+}
+
 /// Everything is told, stored and closed.
 pub(crate) fn is_done(rig: &Rig) -> bool {
-    let behind = status(rig)["partitions"].as_array().is_some_and(|p| p.iter().any(|p| p["behind"] != 0));
     let open = ["ticker", "sector", "market"].iter().any(|scope| {
         ["1m", "5m", "1h", "1d"].iter().any(|window| {
             let newest = rig.get(&format!("/v1/signals?scope={scope}&window={window}&limit=1000"));
@@ -78,7 +82,7 @@ pub(crate) fn is_done(rig: &Rig) -> bool {
         })
     });
     let done = rig.get("/v1/overview").to_string().contains("\"state\":\"done\"");
-    !behind && !open && done && rig.shared.inlet.backlog() == 0
+    !is_behind(rig) && !open && done && rig.shared.inlet.backlog() == 0
 }
 
 /// How many partitions each worker owns.
@@ -159,7 +163,7 @@ fn a_worker_with_another_model_is_not_asked() {
 }
 
 #[test]
-fn a_server_that_is_full_makes_the_pipeline_wait() {
+fn a_server_that_is_full_makes_the_pipeline_wait_and_more_room_lets_it_go_on() {
     let Some(nats) = Nats::start() else { return };
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");
@@ -167,12 +171,27 @@ fn a_server_that_is_full_makes_the_pipeline_wait() {
     let mut options = on_bus(&nats, &data);
     options.bus = Some(BusOptions { max_bytes: 150_000, ..bus(&nats) });
     let rig = Rig::start(options, replay(dir.path(), &posts));
-    rig.until("it says that it is full", |r| status(r)["detail"].as_str().unwrap_or("").contains("full"));
+    let full = |r: &Rig, stream: &str| status(r)["detail"].as_str().unwrap_or("").contains(stream);
+    rig.until("it says that it is full", |r| full(r, "the stream of tasks is full"));
     // Posts are taken all the same: the log is here.
-    assert_eq!(rig.post("/v1/ingest?source=other", &posts[0].line()).0, 202);
+    let line = json!({"id": "x", "author": "x", "text": "no ticker"}).to_string();
+    assert_eq!(rig.post("/v1/ingest?source=other", &line).0, 202);
     let _worker = Worker::both(bus(&nats));
-    rig.until("some are counted", |r| r.scored() > 100);
-    drop(rig);
+    rig.until("windows that are not final fill the next stream", |r| full(r, "the stream of counted is full"));
+    assert!(rig.shared.inlet.backlog() > 0);
+    rig.stop();
+    let rig = Rig::start(on_bus(&nats, &data), replay(dir.path(), &posts));
+    rig.until("all is counted", |r| {
+        let days = r.ask("GET", "/v1/signals/market?scope=market&window=1d", None).1;
+        let all = days["signals"].as_array().is_some_and(|d| d.iter().any(|day| day["mentions"] == 2_000));
+        all && r.shared.inlet.backlog() == 0 && !is_behind(r)
+    });
+    rig.stop();
+    // The one post without a ticker is of now: another day's market.
+    let mut found = found_unchecked(&data);
+    let day = Window::D1.start(posts[0].time);
+    found.retain(|key, _| key.3 >= day && key.3 < day + Window::D1.size());
+    compare(&found, &expect(&posts));
 }
 
 #[test]

@@ -8,7 +8,6 @@ mod clock;
 mod disk;
 mod export;
 mod faults;
-mod figures;
 mod jetstream;
 mod kill;
 mod nats;

@@ -32,7 +32,7 @@ impl Hose {
         let mood = ["goes up", "goes down", "moves sideways"][(n % 3) as usize];
         // Spread over the alphabet, some more often than others.
         let which = (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize % self.tickers;
-        let which = if n % 4 == 0 { which / 10 } else { which };
+        let which = if n.is_multiple_of(4) { which / 10 } else { which };
         let symbol = ticker(which * 17_576 / self.tickers);
         Incoming {
             id: n.to_string(),

@@ -54,7 +54,7 @@ pub(crate) fn post(seq: u64, text: &str) -> ScoredPost {
             event_time: time,
             received_at: time + 1,
             text: text.into(),
-            url: (seq % 2 == 0).then(|| "https://example.org/1".into()),
+            url: seq.is_multiple_of(2).then(|| "https://example.org/1".into()),
             copy_of: None,
             cursor: None,
         },
@@ -66,7 +66,7 @@ pub(crate) fn post(seq: u64, text: &str) -> ScoredPost {
         label: 2,
         score: -0.600_000_000_000_000_1,
         weight: 0.2,
-        is_copy_of: (seq % 3 == 0).then(|| "id 0".into()),
+        is_copy_of: seq.is_multiple_of(3).then(|| "id 0".into()),
         damped: seq % 2 == 1,
         too_late: false,
     }
