@@ -53,7 +53,6 @@ impl Members {
 
     pub(super) fn owners(&self, partitions: u32) -> Vec<Option<String>> {
         let able: Vec<&str> = self.0.values().filter(|m| m.presence.windows).map(|m| &*m.presence.id).collect();
-        let weight = |p: u32, id: &str| crc32fast::hash(format!("{p} {id}").as_bytes());
         (0..partitions).map(|p| able.iter().max_by_key(|id| (weight(p, id), **id)).map(|id| (*id).to_owned())).collect()
     }
 
@@ -76,6 +75,15 @@ impl Members {
         };
         self.0.values().map(show).collect()
     }
+}
+
+/// A hash of both. A checksum of the two in a row would not do: for workers with names of one length it has the same order in
+/// nearly every partition. The end is SplitMix64's.
+fn weight(partition: u32, id: &str) -> u64 {
+    let mut x = u64::from(crc32fast::hash(id.as_bytes())) << 32 | u64::from(partition);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
 }
 
 #[cfg(test)]

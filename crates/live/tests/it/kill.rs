@@ -26,7 +26,7 @@ fn the_process() {
     let Some(dir) = std::env::var_os("CASHTAG_LIVE_DIR").map(std::path::PathBuf::from) else { return };
     let replay = Replay::file(dir.join("day.jsonl"), Speed::Fastest);
     // Slow enough that kills hit it at work.
-    let mut model = Pure { pause: Duration::from_millis(4), batch: 32 };
+    let mut model = Pure { pause: Duration::from_millis(12), batch: 32 };
     let mut options = patient(listening(&dir.join("data")));
     let url = std::env::var("CASHTAG_LIVE_STORE").ok();
     options.location = Location::of(url.as_deref(), &dir.join("data")).unwrap();
