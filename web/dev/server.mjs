@@ -8,6 +8,7 @@
 //   node dev/server.mjs --api http://127.0.0.1:8080   the page from here, everything else from a running cashtag live
 //   node dev/server.mjs --key secret          requests need "Authorization: Bearer secret"
 //   node dev/server.mjs --metrics FILE        a metrics.json for the view of the model; "drawn" for invented numbers
+//   node dev/server.mjs --outage 3           the store is away from the third second on, for five seconds
 //   node dev/server.mjs --cut 20              every stream is cut after 20 s; --mute 15: silent from then on
 import { createReadStream, existsSync, readFileSync } from "node:fs";
 import { createServer, request as ask } from "node:http";
@@ -23,6 +24,7 @@ const { values: args } = parseArgs({ options: {
   port: { type: "string", default: "8600" }, speed: { type: "string", default: "60" }, start: { type: "string", default: "11:00" },
   load: { type: "string" }, tickers: { type: "string", default: "500" }, key: { type: "string" }, cut: { type: "string" },
   mute: { type: "string" }, metrics: { type: "string" }, hostile: { type: "boolean", default: false }, api: { type: "string" },
+  outage: { type: "string" },
 } });
 
 const TYPES = { ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml" };
@@ -40,6 +42,17 @@ function publish(window, event, data) {
   for (const s of streams) if (!window || s.window === window) s.send(entry.text);
 }
 pipeline.onEvent = publish;
+
+/** As `store` of the overview. */
+let store = { kind: "postgres", state: "connected", since: null, detail: "" };
+function setStore(state, detail) {
+  store = { kind: "postgres", state, since: state === "connected" ? null : new Date().toISOString(), detail };
+  publish(null, "store", store);
+}
+if (args.outage) {
+  setTimeout(() => setStore("unavailable", "error connecting to server: Connection refused"), 1000 * Number(args.outage));
+  setTimeout(() => setStore("connected", ""), 1000 * (Number(args.outage) + 5));
+}
 
 function stream(request, response, url) {
   const window = url.searchParams.get("window") ?? "5m";
@@ -101,7 +114,7 @@ createServer((request, response) => {
   if (args.key && request.headers.authorization !== `Bearer ${args.key}`) return fail(response, 401, "a key is needed");
   const window = q.window ?? "5m";
   if (path === "/v1/stream") return stream(request, response, url);
-  if (path === "/v1/overview") return reply(response, pipeline.overview(window));
+  if (path === "/v1/overview") return reply(response, { ...pipeline.overview(window), store });
   if (path === "/v1/signals") return reply(response, pipeline.signals(window, q.scope ?? "ticker", Number(q.limit ?? 100), Number(q.offset ?? 0)));
   if (path.startsWith("/v1/signals/")) {
     const found = pipeline.history(decodeURIComponent(path.slice(12)), q.scope ?? "ticker", window, Number(q.limit ?? 500));

@@ -5,7 +5,7 @@ import { h, setAttr, setText } from "./dom.ts";
 import { age, clock, day, WINDOW_WORDS } from "./format.ts";
 import { onFrame } from "./frames.ts";
 import { store } from "./store.ts";
-import { WINDOWS } from "./types.ts";
+import { WINDOWS, type StoreHealth } from "./types.ts";
 
 const PAGES: [string, string][] = [["#/", "Overview"], ["#/tickers", "Tickers"], ["#/try", "Try a text"], ["#/quality", "Model"]];
 const THEMES = ["auto", "light", "dark"] as const;
@@ -132,6 +132,12 @@ function link(): HTMLElement {
   return node;
 }
 
+/** Nothing is lost meanwhile, so it says that, too. */
+function storeAway(health: StoreHealth): string {
+  const since = health.since ? ` since ${clock(health.since)}` : "";
+  return `The store (${health.kind}) cannot be written${since}: ${health.detail}. Posts are still taken and wait in the log; scores stand still until it is back.`;
+}
+
 /** One line under the header when the numbers cannot be trusted to be fresh. */
 function problem(): HTMLElement {
   const text = h("p");
@@ -140,6 +146,7 @@ function problem(): HTMLElement {
     const old = store.updated > 0 ? ` What you see is ${age(Date.now() - store.updated).replace(" ago", " old")}.` : "";
     const message = store.link === "offline" ? `The server cannot be reached; trying again.${old}`
       : store.link === "stale" ? `The connection is silent.${old}`
+      : store.health?.state === "unavailable" ? storeAway(store.health)
       : store.error ? `The server answers with an error: ${store.error}` : "";
     setAttr(node, "hidden", message ? null : "");
     setText(text, message);

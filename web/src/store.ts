@@ -4,7 +4,7 @@ import { api } from "./api.ts";
 import { time } from "./format.ts";
 import { throttled } from "./frames.ts";
 import { Stream, type LinkState } from "./stream.ts";
-import { WINDOWS, type Alert, type Model, type Overview, type Post, type Signal, type Source, type WindowName } from "./types.ts";
+import { WINDOWS, type Alert, type Model, type Overview, type Post, type Signal, type Source, type StoreHealth, type WindowName } from "./types.ts";
 
 const MAX_POSTS = 400;
 const MAX_ALERTS = 50;
@@ -35,6 +35,7 @@ class Store {
   model: Model | null = null;
   lag: Overview["lag"] | null = null;
   deadLetters = 0;
+  health: StoreHealth | null = null;
   /** Newest event time seen; a replayed day has its own clock. */
   asOf: string | null = null;
   link: LinkState = "connecting";
@@ -151,10 +152,19 @@ class Store {
     for (const s of o.sectors ?? []) this.takeSignal(s);
     for (const s of o.movers ?? []) this.takeSignal(s);
     for (const s of o.sources ?? []) this.sources.set(s.name, s);
+    this.takeHealth(o.store ?? null);
     this.lag = o.lag ?? null;
     this.model = o.model ?? null;
     this.deadLetters = o.dead_letters ?? 0;
     this.clock(o.as_of);
+  }
+
+  private takeHealth(health: StoreHealth | null): void {
+    const before = this.health?.state;
+    this.health = health;
+    // What could not be read while the store was away is read now.
+    if (before === "unavailable" && health?.state === "connected") void this.reload();
+    if (before !== health?.state) this.emit("link");
   }
 
   /** Whether a window is the newest or the one before: an older one says what was, not what is. */
@@ -212,6 +222,9 @@ class Store {
         this.emit("sources");
         break;
       }
+      case "store":
+        this.takeHealth(data as StoreHealth);
+        break;
       case "alert":
         this.alerts = [data as Alert, ...this.alerts].slice(0, MAX_ALERTS);
         this.emit("alerts");

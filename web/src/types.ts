@@ -74,6 +74,14 @@ export interface Source {
   detail: string | null;
 }
 
+/** Whether the server can write what it counts; else what is shown stands still, and posts wait in the log. */
+export interface StoreHealth {
+  kind: string;
+  state: "connected" | "unavailable";
+  since: string | null;
+  detail: string;
+}
+
 export interface Model {
   name: string;
   adapter: string | null;
@@ -104,6 +112,7 @@ export interface Overview {
   movers: Signal[];
   sectors: Signal[];
   sources: Source[];
+  store?: StoreHealth;
   lag: {
     event_to_received_ms_p50: number | null;
     received_to_visible_ms_p50: number | null;

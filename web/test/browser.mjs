@@ -240,6 +240,18 @@ if (!args.url) {
     await close();
   });
 
+  if (wanted("outage")) await test("a store that is away is said in words, and so is that posts wait", async () => {
+    const server = await serve("--load", "10", "--tickers", "12", "--outage", "3");
+    const { page, close } = await visit(server);
+    await ready(page);
+    await page.waitForFunction(() => document.querySelector(".problem")?.innerText.includes("Posts are still taken"), null, { timeout: 15_000 });
+    const said = await page.locator(".problem").innerText();
+    check(said.includes("(postgres) cannot be written since") && said.includes("Connection refused"), said);
+    await page.waitForFunction(() => document.querySelector(".problem").hidden, null, { timeout: 15_000 });
+    await close();
+    server.stop();
+  });
+
   if (wanted("key")) await test("a key is asked for once, a wrong one is refused, and it stays in this tab", async () => {
     const server = await serve("--load", "5", "--tickers", "5", "--key", "secret-1");
     const { page, close } = await visit(server);
@@ -262,7 +274,8 @@ if (!args.url) {
   });
 
   if (wanted("frames")) await test("500 tickers and 100 posts a second", async () => {
-    const server = await serve("--load", "100", "--tickers", "500");
+    // On a running pipeline, whoever runs it makes the load.
+    const server = args.url ? main : await serve("--load", "100", "--tickers", "500");
     const { page, close } = await visit(server);
     await page.waitForSelector(".tile");
     for (const view of ["#/", "#/tickers"]) {

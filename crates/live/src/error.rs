@@ -12,8 +12,16 @@ pub enum Error {
     Damaged { path: PathBuf, at: u64, what: String },
     #[error("{} is in use by another process\n  hint: one process at a time may write a data directory; stop the other one, or give --data", path.display())]
     InUse { path: PathBuf },
-    #[error("the store {}: {source}", path.display())]
-    Store { path: PathBuf, source: rusqlite::Error },
+    #[error("the store {place}: {why}")]
+    Store { place: String, why: String },
+    /// The store cannot be reached at the moment: it may be there again later.
+    #[error("the store {place} cannot be reached: {why}")]
+    StoreAway { place: String, why: String },
+    /// It is not in the state that this process left it in: nothing may be added to that.
+    #[error(
+        "the store {place} was changed by somebody else: {why}\n  hint: start again; the log has what is missing, if it is kept for long enough"
+    )]
+    StoreChanged { place: String, why: String },
     #[error("{0}")]
     Invalid(String),
     #[error("the model: {0}")]
@@ -33,8 +41,8 @@ impl Error {
     }
 
     pub(crate) fn store(path: &Path) -> impl FnOnce(rusqlite::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::Store { path, source }
+        let place = path.display().to_string();
+        move |source| Self::Store { place, why: source.to_string() }
     }
 }
 

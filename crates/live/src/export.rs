@@ -20,13 +20,11 @@ use cashtag_corpus::formats::AtomicFile;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
-use rusqlite::params;
 
 use crate::error::{Error, Result};
-use crate::post::ScoredPost;
 use crate::scorer::ModelInfo;
-use crate::store::{Reader, model_of, post_of_row};
-use crate::time::{self, DAY, Millis};
+use crate::store::{Bar, Location, Reader, StoredPost};
+use crate::time::{self, Millis};
 use crate::windows::{Scope, Values, Window};
 
 const ROWS: usize = 8_192;
@@ -39,46 +37,28 @@ pub struct Exported {
     pub files: Vec<PathBuf>,
 }
 
-/// Writes everything that the store of a data directory has, from a day on if one is given.
+/// Writes everything that a store has, from a day on if one is given.
 ///
 /// # Errors
 /// A store that cannot be read, or a directory that cannot be written.
-pub fn export(data: &Path, out: &Path, since: Option<Millis>) -> Result<Exported> {
-    let reader = Reader::open(data)?;
+pub fn export(store: &Location, out: &Path, since: Option<Millis>) -> Result<Exported> {
+    let reader = store.reader()?;
     let since = since.map_or(Millis::MIN, |t| Window::D1.start(t));
     let mut exported = Exported::default();
-    let models: Vec<(i64, ModelInfo)> = reader.run(|db| {
-        let mut statement = db.prepare("SELECT id, info FROM models ORDER BY id")?;
-        let rows = statement.query_map([], |r| Ok((r.get(0)?, model_of(&r.get::<_, String>(1)?))))?;
-        rows.collect()
-    })?;
-    for day in
-        days(&reader, "SELECT DISTINCT event_time / 86400000 FROM posts WHERE event_time >= ?1 ORDER BY 1", since)?
-    {
+    let models = reader.models()?;
+    for day in reader.post_days(since)? {
         let path = out.join(format!("scores/date={}/scores.parquet", time::date(day)));
-        exported.posts += write_scores(&reader, &models, day, &path)?;
+        exported.posts += write_scores(&*reader, &models, day, &path)?;
         exported.files.push(path);
     }
     for window in Window::ALL {
-        let sql = format!(
-            "SELECT DISTINCT start / 86400000 FROM bars WHERE window = {} AND start >= ?1 ORDER BY 1",
-            window as i64
-        );
-        for day in days(&reader, &sql, since)? {
+        for day in reader.bar_days(window, since)? {
             let path = out.join(format!("bars/interval={}/date={}/bars.parquet", window.name(), time::date(day)));
-            exported.bars += write_bars(&reader, window, day, &path)?;
+            exported.bars += write_bars(&*reader, window, day, &path)?;
             exported.files.push(path);
         }
     }
     Ok(exported)
-}
-
-fn days(reader: &Reader, sql: &str, since: Millis) -> Result<Vec<Millis>> {
-    reader.run(|db| {
-        let mut statement = db.prepare(sql)?;
-        let rows = statement.query_map([since], |r| Ok(r.get::<_, i64>(0)? * DAY))?;
-        rows.collect()
-    })
 }
 
 /// A Parquet file in the making.
@@ -123,7 +103,7 @@ impl Table {
     }
 }
 
-fn write_scores(reader: &Reader, models: &[(i64, ModelInfo)], day: Millis, path: &Path) -> Result<u64> {
+fn write_scores(reader: &dyn Reader, models: &[(i64, ModelInfo)], day: Millis, path: &Path) -> Result<u64> {
     let mut labels: Vec<String> = Vec::new();
     for label in models.iter().flat_map(|(_, m)| &m.labels) {
         if !labels.contains(label) {
@@ -133,17 +113,9 @@ fn write_scores(reader: &Reader, models: &[(i64, ModelInfo)], day: Millis, path:
     let mut table = Table::new(path);
     let mut after = -1i64;
     loop {
-        let posts: Vec<(i64, ScoredPost, bool)> = reader.run(|db| {
-            let mut statement = db.prepare_cached(
-                "SELECT * FROM posts WHERE event_time >= ?1 AND event_time < ?2 AND seq > ?3 ORDER BY seq LIMIT ?4",
-            )?;
-            let rows = statement.query_map(params![day, day + DAY, after, ROWS as i64], |r| {
-                Ok((r.get("model")?, post_of_row(r)?, r.get::<_, Option<String>>("text")?.is_some()))
-            })?;
-            rows.collect()
-        })?;
-        let Some((_, last, _)) = posts.last() else { return table.finish() };
-        after = last.seq as i64;
+        let posts = reader.posts_of_day(day, after, ROWS)?;
+        let Some(last) = posts.last() else { return table.finish() };
+        after = last.post.seq as i64;
         table.write(score_columns(&posts, models, &labels))?;
     }
 }
@@ -187,14 +159,10 @@ fn lists<'a>(of: impl Iterator<Item = Vec<&'a str>>) -> ArrayRef {
     Arc::new(column.finish())
 }
 
-fn score_columns(
-    posts: &[(i64, ScoredPost, bool)],
-    models: &[(i64, ModelInfo)],
-    labels: &[String],
-) -> Vec<(String, ArrayRef)> {
-    let each = || posts.iter().map(|(_, p, _)| p);
+fn score_columns(posts: &[StoredPost], models: &[(i64, ModelInfo)], labels: &[String]) -> Vec<(String, ArrayRef)> {
+    let each = || posts.iter().map(|p| &p.post);
     let model = |id: i64| models.iter().find(|(m, _)| *m == id).map(|(_, m)| m);
-    let of_model = |get: fn(&ModelInfo) -> Option<&str>| texts(posts.iter().map(|(id, _, _)| model(*id).and_then(get)));
+    let of_model = |get: fn(&ModelInfo) -> Option<&str>| texts(posts.iter().map(|p| model(p.model).and_then(get)));
     let mut columns: Vec<(String, ArrayRef)> = Vec::new();
     let mut add = |name: &str, array: ArrayRef| columns.push((name.to_owned(), array));
     add("seq", integers(each().map(|p| p.seq)));
@@ -205,18 +173,18 @@ fn score_columns(
     add("received_at", times(each().map(|p| p.post.received_at)));
     add("scored_at", times(each().map(|p| p.scored_at)));
     add("available_at", times(each().map(|p| p.available_at)));
-    add("text", texts(posts.iter().map(|(_, p, has)| has.then_some(&*p.post.text))));
+    add("text", texts(posts.iter().map(|p| p.has_text.then_some(&*p.post.post.text))));
     add("url", texts(each().map(|p| p.post.url.as_deref())));
     add("tickers", lists(each().map(|p| p.tickers.iter().map(|t| &*t.symbol).collect())));
     add("sectors", lists(each().map(|p| p.sectors.iter().map(String::as_str).collect())));
     for label in labels {
-        let column = posts.iter().map(|(id, p, _)| {
-            let index = model(*id)?.labels.iter().position(|l| l == label)?;
-            p.probabilities.get(index).copied().map(f64::from)
+        let column = posts.iter().map(|p| {
+            let index = model(p.model)?.labels.iter().position(|l| l == label)?;
+            p.post.probabilities.get(index).copied().map(f64::from)
         });
         add(&format!("p_{}", label.to_lowercase()), floats(column));
     }
-    add("label", texts(posts.iter().map(|(id, p, _)| model(*id)?.labels.get(p.label).map(String::as_str))));
+    add("label", texts(posts.iter().map(|p| model(p.model)?.labels.get(p.post.label).map(String::as_str))));
     add("sentiment_score", floats(each().map(|p| Some(p.score))));
     add("confidence", floats(each().map(|p| Some(f64::from(p.confidence())))));
     add("weight", floats(each().map(|p| Some(p.weight))));
@@ -229,39 +197,13 @@ fn score_columns(
     columns
 }
 
-struct Bar {
-    scope: Scope,
-    key: String,
-    start: Millis,
-    revision: u32,
-    available_at: Millis,
-    values: Values,
-}
-
-fn write_bars(reader: &Reader, window: Window, day: Millis, path: &Path) -> Result<u64> {
+fn write_bars(reader: &dyn Reader, window: Window, day: Millis, path: &Path) -> Result<u64> {
     let mut table = Table::new(path);
-    let mut after = (-1i64, String::new(), Millis::MIN, -1i64);
+    let mut after: Option<Bar> = None;
     loop {
-        let bars: Vec<Bar> = reader.run(|db| {
-            let mut statement = db.prepare_cached(
-                "SELECT scope, key, start, revision, available_at, data FROM bars WHERE window = ?1 AND start >= ?2 AND start < ?3 \
-                 AND (scope, key, start, revision) > (?4, ?5, ?6, ?7) ORDER BY scope, key, start, revision LIMIT ?8",
-            )?;
-            let place = params![window as i64, day, day + DAY, after.0, after.1, after.2, after.3, ROWS as i64];
-            let rows = statement.query_map(place, |r| {
-                Ok(Bar {
-                    scope: Scope::ALL.get(r.get::<_, i64>(0)? as usize).copied().unwrap_or(Scope::Ticker),
-                    key: r.get(1)?,
-                    start: r.get(2)?,
-                    revision: r.get(3)?,
-                    available_at: r.get(4)?,
-                    values: serde_json::from_str(&r.get::<_, String>(5)?).unwrap_or_default(),
-                })
-            })?;
-            rows.collect()
-        })?;
+        let bars = reader.bars_of_day(window, day, after.as_ref(), ROWS)?;
         let Some(last) = bars.last() else { return table.finish() };
-        after = (last.scope as i64, last.key.clone(), last.start, i64::from(last.revision));
+        after = Some(last.clone());
         table.write(bar_columns(&bars, window))?;
     }
 }

@@ -21,6 +21,7 @@ pub enum Kind {
     Signal(Window),
     Post,
     Source,
+    Store,
     Alert,
 }
 
@@ -30,6 +31,7 @@ impl Kind {
             Self::Signal(_) => "signal",
             Self::Post => "post",
             Self::Source => "source",
+            Self::Store => "store",
             Self::Alert => "alert",
         }
     }

@@ -105,17 +105,17 @@ impl Inlet {
     pub fn take(&self, source: &str, posts: Vec<Incoming>) -> Result<Delivered> {
         let now = time::now();
         let mut delivered = Delivered::default();
-        let mut fresh = Vec::with_capacity(posts.len());
+        let mut fresh: Vec<(u128, Post)> = Vec::with_capacity(posts.len());
         let mut seen = HashSet::new();
         for (index, incoming) in posts.into_iter().enumerate() {
             let raw: String = incoming.text.chars().take(crate::store::MAX_RAW).collect();
             match Post::check(source, incoming, now, &self.0.names) {
                 Ok(post) => {
                     let identity = post.identity();
-                    if !seen.insert(identity) || self.is_known(identity) {
-                        delivered.duplicates += 1;
-                    } else {
+                    if seen.insert(identity) {
                         fresh.push((identity, post));
+                    } else {
+                        delivered.duplicates += 1;
                     }
                 }
                 Err(reason) => {
@@ -124,6 +124,9 @@ impl Inlet {
                 }
             }
         }
+        let known = self.known(&fresh);
+        fresh.retain(|(identity, _)| !known.contains(identity));
+        delivered.duplicates += known.len();
         if fresh.is_empty() {
             return Ok(delivered);
         }
@@ -210,10 +213,23 @@ impl Inlet {
         self.0.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// In doubt a post is new: the pipeline looks again before it counts.
-    fn is_known(&self, identity: u128) -> bool {
-        self.recent().known.contains(&identity)
-            || self.0.readers.with(|r| r.has(identity, &self.0.version)).unwrap_or(false)
+    /// Those that came before. In doubt a post is new: the pipeline looks again before it counts.
+    fn known(&self, posts: &[(u128, Post)]) -> HashSet<u128> {
+        let (mut known, mut rest) = (HashSet::new(), Vec::new());
+        {
+            let recent = self.recent();
+            for (identity, _) in posts {
+                if recent.known.contains(identity) {
+                    known.insert(*identity);
+                } else {
+                    rest.push(*identity);
+                }
+            }
+        }
+        if !rest.is_empty() {
+            known.extend(self.0.readers.with(|r| r.known(&rest, &self.0.version)).unwrap_or_default());
+        }
+        known
     }
 }
 

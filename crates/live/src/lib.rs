@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! sources ─▶ inlet ─▶ log ─▶ pipeline ─▶ store ─▶ API, page, alerts, exports
-//!            check    durable  score,      SQLite
-//!            twice?            count
+//!            check    durable  score,      SQLite or
+//!            twice?            count      PostgreSQL
 //! ```
 //!
 //! What holds:
@@ -16,6 +16,7 @@
 pub mod alerts;
 pub mod api;
 pub mod board;
+pub mod bus;
 mod copies;
 mod error;
 pub mod export;

@@ -61,7 +61,13 @@ impl Post {
     ///
     /// # Errors
     /// Why the post cannot be taken, for the list of dead letters.
-    pub fn check(source: &str, post: Incoming, received_at: Millis, names: &AuthorKey) -> Result<Self, String> {
+    pub fn check(source: &str, mut post: Incoming, received_at: Millis, names: &AuthorKey) -> Result<Self, String> {
+        // No database takes U+0000 in a text.
+        for field in [&mut post.id, &mut post.author, &mut post.text] {
+            if field.contains('\0') {
+                *field = field.replace('\0', "\u{fffd}");
+            }
+        }
         if post.text.trim().is_empty() {
             return Err("the text is empty".into());
         }
@@ -89,8 +95,8 @@ impl Post {
             received_at,
             text: post.text,
             url: post.url.filter(|u| is_web_address(u)),
-            copy_of: post.copy_of.filter(|c| !c.is_empty() && c.len() <= MAX_ID),
-            cursor: post.cursor.filter(|c| c.len() <= MAX_ID),
+            copy_of: post.copy_of.filter(|c| !c.is_empty() && c.len() <= MAX_ID && !c.contains('\0')),
+            cursor: post.cursor.filter(|c| c.len() <= MAX_ID && !c.contains('\0')),
         })
     }
 
@@ -136,6 +142,11 @@ impl AuthorKey {
             }
             Err(e) => Err(Error::io("read", &path)(e)),
         }
+    }
+
+    /// Tells one data directory from another without telling the key.
+    pub fn fingerprint(&self) -> String {
+        hex(&digest(&[b"log", &self.0])[..16])
     }
 
     /// A key for tests and measurements.
@@ -239,6 +250,8 @@ mod tests {
         assert!(check(Incoming { id: "i".repeat(MAX_ID + 1), ..incoming() }).is_err());
         let future = check(Incoming { event_time: Some(i64::MAX), ..incoming() }).unwrap();
         assert_eq!(future.event_time, 1_000_000);
+        let zero = check(Incoming { id: "a\0b".into(), text: "$XYZ\0up".into(), ..incoming() }).unwrap();
+        assert_eq!((&*zero.id, &*zero.text), ("a\u{fffd}b", "$XYZ\u{fffd}up"));
         let script = check(Incoming { url: Some("javascript:alert(1)".into()), ..incoming() }).unwrap();
         assert_eq!(script.url, None);
     }

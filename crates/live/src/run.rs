@@ -1,7 +1,7 @@
 //! Puts everything together: one process on one machine.
 //!
 //! The caller's thread runs the pipeline (a model may be bound to its thread); sources and the API are tasks of a runtime
-//! beside it. The data directory holds `log/`, `live.sqlite` and `author.key`.
+//! beside it. The data directory holds `log/`, `author.key` and, unless the store is a server, `live.sqlite`.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -14,6 +14,8 @@ use serde_json::Value;
 use crate::alerts::{Alerts, Rule};
 use crate::api;
 use crate::board::{Board, SourceStatus};
+use crate::bus::BusOptions;
+use crate::bus::front::Front;
 use crate::error::{Error, Result};
 use crate::hub::Hub;
 use crate::inlet::Inlet;
@@ -22,8 +24,9 @@ use crate::pipeline::{Parts, Pipeline, PipelineOptions};
 use crate::post::AuthorKey;
 use crate::scorer::Scorer;
 use crate::sources::{self, Source};
-use crate::state::{Counters, Shared};
-use crate::store::{Readers, Store, StoreOptions};
+use crate::state::{Counters, Shared, StoreHealth};
+use crate::store::location::Opening;
+use crate::store::{Location, Readers, StoreOptions};
 use crate::tickers::Tickers;
 use crate::webhook;
 use crate::windows::WindowOptions;
@@ -34,6 +37,8 @@ const QUESTIONS: usize = 64;
 pub struct LiveOptions {
     pub data: PathBuf,
     pub log: LogOptions,
+    /// Where posts and windows go.
+    pub location: Location,
     pub store: StoreOptions,
     pub windows: WindowOptions,
     pub pipeline: PipelineOptions,
@@ -45,11 +50,16 @@ pub struct LiveOptions {
     /// What `/v1/quality` shows.
     pub quality: Value,
     pub tickers: Arc<dyn Tickers>,
+    /// Is told what a start waits for.
+    pub waiting: Box<dyn Fn(&str) + Send>,
+    /// Workers score and sum; `None`: everything happens here.
+    pub bus: Option<BusOptions>,
 }
 
 impl LiveOptions {
     pub fn new(data: PathBuf, tickers: Arc<dyn Tickers>) -> Self {
         Self {
+            location: Location::Sqlite(data.clone()),
             data,
             log: LogOptions::default(),
             store: StoreOptions::default(),
@@ -60,6 +70,8 @@ impl LiveOptions {
             http: None,
             quality: Value::Object(serde_json::Map::new()),
             tickers,
+            waiting: Box::new(|_| {}),
+            bus: None,
         }
     }
 }
@@ -93,14 +105,33 @@ pub fn run(
     std::fs::create_dir_all(data).map_err(Error::io("create", data))?;
     let log = Log::open(&data.join("log"), options.log.clone())?;
     let model = scorer.info();
-    let store = Store::open(data, &model, StoreOptions { webhook: options.webhook.is_some(), ..options.store })?;
-    let (hub, readers) = (Hub::default(), Readers::new(data));
-    let board = Board::new(hub.clone());
     let names = AuthorKey::open(data)?;
+    let store = options.location.open(&Opening {
+        model: &model,
+        options: StoreOptions { webhook: options.webhook.is_some(), ..options.store },
+        log: names.fingerprint(),
+        stop: &stop,
+        waiting: &*options.waiting,
+    })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("live")
+        .enable_all()
+        .build()
+        .map_err(Error::io("start threads for", data))?;
+    let bus = match options.bus {
+        None => None,
+        Some(bus) => Some(Front::open(bus, model.version(), names.fingerprint(), runtime.handle().clone())?),
+    };
+    let (hub, readers) = (Hub::default(), Readers::new(options.location.clone()));
+    let dead_letters_before = readers.with(|r| r.dead_letter_count())?;
+    let board = Board::new(hub.clone());
     let inlet = Inlet::new(log.clone(), readers.clone(), names, model.version(), board, stop.clone());
     let (questions, asked) = sync_channel(QUESTIONS);
     let shared = Arc::new(Shared {
         hub,
+        store: StoreHealth::new(options.location.kind()),
+        dead_letters_before,
         inlet: inlet.clone(),
         readers,
         model,
@@ -110,6 +141,7 @@ pub fn run(
         questions,
         quality: options.quality,
         tickers: options.tickers,
+        bus: Mutex::default(),
         delivered: Mutex::default(),
     });
     let mut pipeline = Pipeline::resume(Parts {
@@ -121,14 +153,9 @@ pub fn run(
         alerts: Alerts::new(options.rules),
         windows: options.windows,
         options: options.pipeline,
+        bus,
         stop: stop.clone(),
     })?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("live")
-        .enable_all()
-        .build()
-        .map_err(Error::io("start threads for", data))?;
     let server = match options.http {
         None => None,
         Some(mut config) => {

@@ -93,3 +93,22 @@ pub(crate) fn best(probabilities: &[f32]) -> usize {
     }
     top
 }
+
+/// Scores texts together; if that fails, one by one, so that a text that the model cannot take harms no other.
+pub(crate) fn score_each(scorer: &mut dyn Scorer, texts: &[&str], labels: usize) -> Vec<Result<Vec<f32>, String>> {
+    let mut answers = Vec::with_capacity(texts.len());
+    for chunk in texts.chunks(scorer.batch().max(1)) {
+        match scorer.score(chunk) {
+            Ok(all) if all.len() == chunk.len() && all.iter().all(|p| check(p, labels).is_ok()) => {
+                answers.extend(all.into_iter().map(Ok));
+            }
+            _ => answers.extend(chunk.iter().map(|text| -> Result<Vec<f32>, String> {
+                let alone = scorer.score(&[*text])?;
+                let probabilities = alone.into_iter().next().ok_or("the model gave no answer")?;
+                check(&probabilities, labels)?;
+                Ok(probabilities)
+            })),
+        }
+    }
+    answers
+}

@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use crate::hub::Hub;
+use crate::hub::{Hub, Kind};
 use crate::inlet::Inlet;
 use crate::scorer::ModelInfo;
 use crate::store::Readers;
-use crate::time::Millis;
+use crate::time::{self, Millis};
 use crate::windows::{Scope, Signal, Window};
 
 /// Delays that percentiles are taken over.
@@ -112,6 +112,7 @@ pub struct Counters {
     pub dead_letters: AtomicU64,
     pub checkpoints: AtomicU64,
     pub store_failures: AtomicU64,
+    pub bus_failures: AtomicU64,
     pub windows_in_memory: AtomicU64,
     pub log_bytes: AtomicU64,
 }
@@ -122,7 +123,7 @@ impl Counters {
     }
 
     /// Name, what it is, type, value; as Prometheus wants to know it.
-    pub fn all(&self) -> [(&'static str, &'static str, &'static str, u64); 10] {
+    pub fn all(&self) -> [(&'static str, &'static str, &'static str, u64); 11] {
         let of = |c: &AtomicU64| c.load(Ordering::Relaxed);
         [
             ("posts_scored_total", "Posts scored and counted", "counter", of(&self.scored)),
@@ -143,15 +144,58 @@ impl Counters {
                 "counter",
                 of(&self.store_failures),
             ),
+            ("bus_failures_total", "Publications that failed and were tried again", "counter", of(&self.bus_failures)),
             ("windows_in_memory", "Windows that are not final", "gauge", of(&self.windows_in_memory)),
             ("log_bytes", "Size of the log", "gauge", of(&self.log_bytes)),
         ]
     }
 }
 
+/// Whether the store takes what is written.
+pub struct StoreHealth {
+    pub kind: &'static str,
+    down: Mutex<Option<(Millis, String)>>,
+}
+
+impl StoreHealth {
+    pub fn new(kind: &'static str) -> Self {
+        Self { kind, down: Mutex::default() }
+    }
+
+    pub fn to_json(&self) -> Value {
+        let down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*down {
+            None => json!({"kind": self.kind, "state": "connected", "since": null, "detail": ""}),
+            Some((since, why)) => {
+                json!({"kind": self.kind, "state": "unavailable", "since": time::rfc3339(*since), "detail": why})
+            }
+        }
+    }
+
+    /// Notes how it went; true if that is news.
+    fn note(&self, trouble: Option<String>) -> bool {
+        let mut down = self.down.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&mut *down, trouble) {
+            (None, None) => false,
+            (Some((_, known)), Some(why)) if *known == why => false,
+            (Some((_, known)), Some(why)) => {
+                *known = why;
+                true
+            }
+            (down, trouble) => {
+                *down = trouble.map(|why| (time::now(), why));
+                true
+            }
+        }
+    }
+}
+
 /// What the API and the pipeline share.
 pub struct Shared {
     pub hub: Hub,
+    pub store: StoreHealth,
+    /// Dead letters of the processes before.
+    pub dead_letters_before: u64,
     pub inlet: Inlet,
     pub readers: Readers,
     pub model: ModelInfo,
@@ -162,6 +206,8 @@ pub struct Shared {
     /// `metrics.json` of the run that the adapter comes from.
     pub quality: Value,
     pub tickers: Arc<dyn crate::tickers::Tickers>,
+    /// Workers, partitions and what waits on the bus; null without one.
+    pub bus: Mutex<Value>,
     /// Alerts that a webhook has taken, to be marked by the thread that writes the store.
     pub delivered: Mutex<Vec<i64>>,
 }
@@ -169,6 +215,22 @@ pub struct Shared {
 impl Shared {
     pub fn snapshot(&self) -> RwLockReadGuard<'_, Snapshot> {
         self.snapshot.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many dead letters there ever were.
+    pub fn dead_letters(&self) -> u64 {
+        self.dead_letters_before + self.counters.dead_letters.load(Ordering::Relaxed)
+    }
+
+    /// The store took something, or did not, for this reason; whoever watches is told.
+    pub(crate) fn note_store(&self, trouble: Option<String>) {
+        if self.store.note(trouble) {
+            self.hub.publish(Kind::Store, self.store.to_json());
+        }
+    }
+
+    pub(crate) fn bus(&self) -> Value {
+        self.bus.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn take_delivered(&self) -> Vec<i64> {

@@ -1,5 +1,7 @@
 //! `cashtag live`: sources in, signals out, on a page and over HTTP.
 
+mod worker;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +19,7 @@ use cashtag_live::sources::jetstream::{Jetstream, JetstreamOptions};
 use cashtag_live::sources::x_search::XSearch;
 use cashtag_live::sources::x_stream::XStream;
 use cashtag_live::sources::{Source, XOptions, x_api};
-use cashtag_live::store::StoreOptions;
+use cashtag_live::store::{Location, StoreOptions};
 use cashtag_live::tickers::Tickers;
 use cashtag_live::windows::{Thin, WindowOptions};
 use cashtag_live::{LiveOptions, Started, export, time};
@@ -54,11 +56,15 @@ pub(crate) struct Args {
     #[command(flatten)]
     serving: Serving,
     #[command(flatten)]
+    bus: worker::Bus,
+    #[command(flatten)]
     settings: Flags<Inference>,
 }
 
 #[derive(clap::Subcommand)]
 enum Action {
+    /// Score and sum for a `cashtag live --bus`
+    Worker(worker::Worker),
     /// Write what was scored as Parquet, for DuckDB, polars and pandas
     Export(Export),
 }
@@ -68,6 +74,9 @@ struct Export {
     /// The data directory
     #[arg(long, value_name = "DIR", default_value = "live-data")]
     data: PathBuf,
+    /// The PostgreSQL server that `cashtag live --store` was given
+    #[arg(long, value_name = "URL", env = "CASHTAG_LIVE_STORE", hide_env = true)]
+    store: Option<String>,
     /// Where scores/ and bars/ are written
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -138,6 +147,10 @@ struct Signals {
     /// Log, store and keys of this pipeline [default: live-data; for --demo a temporary one]
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Keep posts and windows on a PostgreSQL server (postgres://user@host/database; also CASHTAG_LIVE_STORE) [default:
+    /// SQLite in --data]
+    #[arg(long, value_name = "URL", env = "CASHTAG_LIVE_STORE", hide_env = true)]
+    store: Option<String>,
     /// How long after its end a window takes posts
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
     allowed_lateness: Duration,
@@ -203,8 +216,10 @@ struct Serving {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    if let Some(Action::Export(export)) = &args.action {
-        return write_export(export);
+    match &args.action {
+        Some(Action::Export(export)) => return write_export(export),
+        Some(Action::Worker(worker)) => return worker.run(),
+        None => {}
     }
     let mut settings = args.settings.resolve()?;
     let named = settings.is_set("model.name");
@@ -240,9 +255,8 @@ impl Job for Live<'_> {
         let model = engine::load(&backend, &opened.checkpoint)?;
         let lora = engine::load_lora(&backend, &model, opened.adapter.as_ref())?;
         let budget = settings.training.max_tokens_per_batch;
-        let mut classifier = Classifier::new(&backend, &model, lora.as_ref(), &opened.format, budget)?;
-        classifier.temperature = opened.temperature();
-        let mut scorer = StreamScorer { classifier, info: model_info(settings, &opened)? };
+        let classifier = Classifier::new(&backend, &model, lora.as_ref(), &opened.format, budget)?;
+        let mut scorer = pipeline_scorer(settings, &opened, classifier)?;
         let _clean = exit::clean_stop();
         let stop = follow_signals();
         let summary = cashtag_live::run(options, sources, &mut scorer, stop, |started| announce(&started))?;
@@ -255,6 +269,15 @@ impl Job for Live<'_> {
         }
         if failed.is_empty() { Ok(()) } else { Err(anyhow!(failed.join("\n"))) }
     }
+}
+
+fn pipeline_scorer<'a, B: Backend>(
+    settings: &Settings,
+    opened: &Opened,
+    mut classifier: Classifier<'a, B>,
+) -> anyhow::Result<StreamScorer<'a, B>> {
+    classifier.temperature = opened.temperature();
+    Ok(StreamScorer { classifier, info: model_info(settings, opened)? })
 }
 
 fn announce(started: &Started<'_>) {
@@ -344,17 +367,22 @@ fn x_options(args: &Args) -> anyhow::Result<XOptions> {
     };
     let Some(watch_list) = s.watch_list.clone() else { bail!(Usage("X needs --watch-list".into())) };
     let budget = data_path(args).join("x-budget.json");
-    let by_dollars = s.x_daily_dollars.map(|usd| (usd / s.x_price.max(1e-9)).max(0.0) as u64);
-    let daily_posts = match (s.x_daily_posts, by_dollars) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    };
     let mut options = XOptions::new(bearer.trim().to_owned(), watch_list, budget);
     options.base = s.x_url.trim_end_matches('/').to_owned();
     options.filter.clone_from(&s.x_filter);
-    options.daily_posts = daily_posts;
+    options.daily_posts = daily_posts(s.x_daily_posts, s.x_daily_dollars, s.x_price);
     options.backfill_minutes = s.x_backfill;
     Ok(options)
+}
+
+/// The tighter one of two budgets.
+fn daily_posts(posts: Option<u64>, dollars: Option<f64>, price: f64) -> Option<u64> {
+    // A posts' price of nothing would buy any number of them.
+    let bought = dollars.map(|usd| (usd / price.max(1e-9) + 1e-9).max(0.0) as u64);
+    match (posts, bought) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    }
 }
 
 fn data_path(args: &Args) -> PathBuf {
@@ -379,7 +407,10 @@ fn options(args: &Args, data: PathBuf, tickers: Arc<dyn Tickers>) -> anyhow::Res
         "never" => Fsync::Never,
         other => Fsync::Every(duration(other).map_err(|e| Usage(format!("--fsync: {e}")))?),
     };
+    let location = Location::of(s.store.as_deref(), &data).map_err(|e| Usage(e.to_string()))?;
     let mut options = LiveOptions::new(data, tickers);
+    options.location = location;
+    options.waiting = Box::new(|why| output::note(format!("waiting: {why}")));
     options.log = LogOptions { fsync, ..LogOptions::default() };
     options.store = StoreOptions { with_text: !s.no_text, webhook: s.alert_webhook.is_some() };
     options.windows = WindowOptions {
@@ -395,6 +426,7 @@ fn options(args: &Args, data: PathBuf, tickers: Arc<dyn Tickers>) -> anyhow::Res
     };
     options.rules = rules.map_err(Usage)?;
     options.webhook.clone_from(&s.alert_webhook);
+    options.bus = args.bus.options()?;
     options.http = if args.serving.no_http { None } else { Some(http(&args.serving)?) };
     Ok(options)
 }
@@ -444,7 +476,11 @@ fn write_export(args: &Export) -> anyhow::Result<()> {
                 .ok_or_else(|| Usage(format!("--since takes a day such as 2026-11-28, found {text:?}")))?,
         ),
     };
-    let written = export::export(&args.data, &args.out, since)?;
+    let written = export::export(
+        &Location::of(args.store.as_deref(), &args.data).map_err(|e| Usage(e.to_string()))?,
+        &args.out,
+        since,
+    )?;
     output::note(format!(
         "{} posts, {} windows, {} files in {}",
         written.posts,
@@ -475,6 +511,16 @@ fn duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn budgets() {
+        assert_eq!(daily_posts(None, None, 0.005), None);
+        assert_eq!(daily_posts(None, Some(20.0), 0.005), Some(4_000));
+        assert_eq!(daily_posts(Some(100), Some(20.0), 0.005), Some(100));
+        assert_eq!(daily_posts(Some(5_000), Some(20.0), 0.005), Some(4_000));
+        assert_eq!(daily_posts(None, Some(0.3), 0.1), Some(3), "not two, because 0.1 is a little more than that");
+        assert_eq!(daily_posts(None, Some(-1.0), 0.0), Some(0));
+    }
 
     #[test]
     fn times() {

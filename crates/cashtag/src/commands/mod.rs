@@ -22,6 +22,7 @@ mod serve;
 mod train;
 
 #[derive(clap::Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one for the whole run of the program")]
 pub(crate) enum Command {
     /// Data, fine-tune, judge before and after, report: the whole job
     Run(run::Args),

@@ -9,8 +9,13 @@ use serde_json::Value;
 use crate::context::Context;
 use crate::model_commands::context;
 
+#[path = "../../../live/tests/it/disk.rs"]
+mod disk;
+#[path = "../../../live/tests/it/pg.rs"]
+mod pg;
+
 /// A few minutes of an invented market; every text once.
-fn day(posts: usize) -> String {
+pub(crate) fn day(posts: usize) -> String {
     let said = ["beats on earnings and raises its outlook", "misses and cuts its outlook", "will report on Tuesday"];
     let line = |i: usize| {
         let (ticker, text) = (["NVDA", "AAPL"][i % 2], said[i % 3]);
@@ -156,4 +161,138 @@ fn the_page_works_in_a_browser() {
     }
     live.until("its first posts", |l| mentions(l, "market") > 30);
     super::page::try_in_chromium(&live.url, "live,keyboard,axe,phone,hostile");
+}
+
+fn post(live: &Live, path: &str, body: &str) -> (u16, Value) {
+    let config = ureq::Agent::config_builder().proxy(None).http_status_as_error(false).build();
+    let mut answer = ureq::Agent::new_with_config(config).post(&format!("{}{path}", live.url)).send(body).unwrap();
+    let status = answer.status().as_u16();
+    let text = answer.body_mut().read_to_string().unwrap();
+    (status, serde_json::from_str(&text).unwrap_or(Value::Null))
+}
+
+fn note(n: usize) -> String {
+    serde_json::json!({"id": n.to_string(), "author": format!("a{n}"), "text": format!("$NVDA beats estimates, says note {n} of the day")})
+        .to_string()
+}
+
+#[test]
+fn the_store_may_be_a_server_that_is_away_for_a_while() {
+    let Some(context) = context() else { return };
+    let Some(mut server) = pg::Server::start(&[]) else { return };
+    // As users keep it: the address without the password, which comes by the environment.
+    let url = server.database().1;
+    let address = url.replace(&url[url.find("cashtag:").unwrap() + 7..url.find('@').unwrap()], "");
+    context.write("day.jsonl", day(60));
+    let context = context.env("PGPASSWORD", pg::Server::password());
+    let args = ["--replay", "day.jsonl", "--store", &address];
+    let live = Live::start(&context, &args);
+    live.until("some are counted", |l| mentions(l, "market") > 0);
+    server.crash();
+    // A post is taken and waits; the process neither ends nor begins again.
+    assert_eq!(post(&live, "/v1/ingest", &note(0)).0, 202);
+    live.until("the page says it", |l| l.get("/v1/overview")["store"]["state"] == "unavailable");
+    assert_eq!(live.get("/health")["store"], "unavailable");
+    server.go_on();
+    live.until("it goes on", |l| l.get("/v1/overview")["store"]["state"] == "connected");
+    live.kill();
+    let live = Live::start(&context, &args);
+    live.until("all are counted", |l| mentions(l, "AAPL") == 30 && l.get("/v1/posts?limit=1")["posts"][0]["id"] == "0");
+    assert_eq!(live.get("/v1/posts?limit=100")["posts"].as_array().unwrap().len(), 61);
+    let said = context.run(&["live", "--store", &address, "--no-http"]);
+    assert!(said.contains("in use by another process") && !said.contains(pg::Server::password()), "{said}");
+    drop(live);
+    let said = context.run(&["live", "export", "--store", &address, "--out", "parquet"]);
+    assert!(said.contains("exit code 0") && said.contains("61 posts"), "{said}");
+    // Nothing of it is in SQLite, and no password in any file.
+    assert!(!context.path("live-data/live.sqlite").exists());
+    for file in crate::context::files(&context.path("live-data")) {
+        let bytes = std::fs::read(context.path("live-data").join(&file)).unwrap();
+        let secret = pg::Server::password().as_bytes();
+        assert!(!bytes.windows(secret.len()).any(|w| w == secret), "{file}");
+    }
+    let wrong = context.env("PGPASSWORD", "wrong-one");
+    let said = wrong.run(&["live", "--store", &address, "--no-http"]);
+    assert!(said.contains("hint: the password may come from PGPASSWORD") && !said.contains("wrong-one"), "{said}");
+}
+
+#[test]
+fn a_full_disk_refuses_posts_and_room_lets_them_in() {
+    let Some(context) = context() else { return };
+    let Some(disk) = disk::SmallDisk::new(8_000) else { return };
+    let data = disk.path().join("data").display().to_string();
+    let live = Live::start(&context, &["--data", &data]);
+    (0..5).for_each(|n| assert_eq!(post(&live, "/v1/ingest", &note(n)).0, 202));
+    live.until("they are counted", |l| mentions(l, "NVDA") == 5);
+    let filler = disk.path().join("filler");
+    let full = std::io::copy(&mut std::io::repeat(7), &mut std::fs::File::create(&filler).unwrap()).unwrap_err();
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    // What fits into the block that the log has begun is still taken; then no more.
+    let mut taken = 5;
+    let refused = (5..200).find(|n| {
+        let (status, answer) = post(&live, "/v1/ingest", &note(*n));
+        assert!(status == 202 || (status == 503 && answer["error"]["code"] == "log_unavailable"), "{status} {answer}");
+        taken += usize::from(status == 202);
+        status == 503
+    });
+    assert!(refused.is_some(), "a full disk takes no posts");
+    let source = live.get("/v1/overview")["sources"].to_string();
+    assert!(source.contains("hint") || source.contains("space"), "the page says why: {source}");
+    std::fs::remove_file(&filler).unwrap();
+    for n in taken..taken + 5 {
+        live.until("there is room again", |l| post(l, "/v1/ingest", &note(n)).0 == 202);
+    }
+    live.until("all that were taken are counted, once", |l| mentions(l, "NVDA") == taken as u64 + 5);
+    live.kill();
+    let live = Live::start(&context, &["--data", &data]);
+    assert_eq!(mentions(&live, "NVDA"), taken as u64 + 5);
+}
+
+#[test]
+fn page_and_api_need_the_keys_of_the_service_and_bodies_are_bounded() {
+    let Some(context) = context() else { return };
+    let context = context.env("CASHTAG_API_KEY", "a-key-of-sixteen-or-more");
+    let live = Live::start(&context, &[]);
+    let config = ureq::Agent::config_builder().proxy(None).http_status_as_error(false).build();
+    let agent = ureq::Agent::new_with_config(config);
+    let status = |path: &str, key: Option<&str>| {
+        let request = agent.get(&format!("{}{path}", live.url));
+        let request = match key {
+            Some(key) => request.header("authorization", &format!("Bearer {key}")),
+            None => request,
+        };
+        request.call().unwrap().status().as_u16()
+    };
+    for path in
+        ["/v1/overview", "/v1/signals", "/v1/posts", "/v1/dead-letters", "/v1/stream", "/metrics", "/widgets.json"]
+    {
+        assert_eq!((status(path, None), status(path, Some("another-key-of-sixteen"))), (401, 401), "{path}");
+    }
+    assert_eq!(status("/v1/overview", Some("a-key-of-sixteen-or-more")), 200);
+    assert_eq!((status("/", None), status("/health", None)), (200, 200));
+    assert_eq!(post(&live, "/v1/ingest", &note(0)).0, 401);
+    let endless = agent
+        .post(&format!("{}/v1/ingest", live.url))
+        .header("authorization", "Bearer a-key-of-sixteen-or-more")
+        .send(&"x".repeat(3 << 20))
+        .unwrap();
+    assert_eq!(endless.status().as_u16(), 413);
+}
+
+#[test]
+fn lines_of_standard_input_are_posts() {
+    let Some(context) = context() else { return };
+    let mut child = context
+        .command(&["live", "--stdin", "--no-http", "--exit-when-done"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), (day(40) + "no post\n").as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = context.shown(&output);
+    assert!(said.starts_with("exit code 0") && said.contains("stdin: 40 posts, done"), "{said}");
+    let said = context.run(&["live", "export", "--out", "parquet"]);
+    assert!(said.contains("40 posts"), "{said}");
 }

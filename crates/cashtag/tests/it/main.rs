@@ -1,5 +1,6 @@
 //! The whole program, run as a user runs it: what it prints, with which code it ends, what it leaves behind.
 
+mod bus;
 mod cli;
 mod config;
 mod context;

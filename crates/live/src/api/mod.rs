@@ -70,7 +70,7 @@ fn bad(code: &'static str, message: impl Into<String>) -> Problem {
 /// Reads the store on a thread that may block.
 async fn read<T: Send + 'static>(
     api: &Api,
-    work: impl FnOnce(&Reader) -> crate::Result<T> + Send + 'static,
+    work: impl FnOnce(&dyn Reader) -> crate::Result<T> + Send + 'static,
 ) -> Result<T, Problem> {
     let readers = api.shared.readers.clone();
     let outcome = tokio::task::spawn_blocking(move || readers.with(work)).await;
@@ -109,7 +109,8 @@ fn moment(q: &HashMap<String, String>, name: &'static str, default: Millis) -> R
 
 async fn health(State(api): State<Api>) -> Response {
     let snapshot = api.shared.snapshot();
-    let value = json!({"status": "ok", "backlog": api.shared.inlet.backlog(), "latest": shown(snapshot.latest)});
+    let value = json!({"status": "ok", "backlog": api.shared.inlet.backlog(), "latest": shown(snapshot.latest),
+        "store": api.shared.store.to_json()["state"]});
     drop(snapshot);
     ok(&value)
 }
@@ -136,6 +137,17 @@ async fn metrics(State(api): State<Api>) -> Response {
         "gauge",
         &[(String::new(), shared.inlet.backlog().to_string())],
     );
+    let up = u8::from(shared.store.to_json()["state"] == "connected");
+    line("store_up", "1 if the store takes what is written", "gauge", &[(String::new(), up.to_string())]);
+    for (name, help) in [
+        ("unanswered", "Posts that are out for scoring"),
+        ("tasks_waiting", "Texts that no worker has taken"),
+        ("tasks_taken", "Texts that workers have not answered yet"),
+    ] {
+        if let Some(value) = shared.bus()[name].as_u64() {
+            line(&format!("bus_{name}"), help, "gauge", &[(String::new(), value.to_string())]);
+        }
+    }
     let delays = shared.delays.lock().unwrap_or_else(std::sync::PoisonError::into_inner).to_json();
     for (name, value) in delays.as_object().into_iter().flatten().filter(|(_, v)| v.is_number()) {
         line(name, "Delay in milliseconds", "gauge", &[(String::new(), value.to_string())]);

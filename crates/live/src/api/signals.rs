@@ -16,7 +16,7 @@ const MOVERS: usize = 20;
 
 pub(super) async fn overview(State(api): State<Api>, Query(q): Parameters) -> Result<Response, Problem> {
     let window = window(&q)?;
-    let dead_letters = read(&api, |r| r.dead_letter_count()).await?;
+    // Nothing here asks the store: while it is down, the page says so and shows what it had.
     let shared = &api.shared;
     let (as_of, market, movers, sectors) = {
         let snapshot = shared.snapshot();
@@ -29,8 +29,8 @@ pub(super) async fn overview(State(api): State<Api>, Query(q): Parameters) -> Re
     let lag = shared.delays.lock().unwrap_or_else(PoisonError::into_inner).to_json();
     Ok(ok(&json!({
         "window": window, "as_of": as_of, "market": market, "movers": movers, "sectors": sectors,
-        "sources": shared.inlet.board().to_json(), "lag": lag, "model": shared.model.to_json(),
-        "dead_letters": dead_letters,
+        "sources": shared.inlet.board().to_json(), "store": shared.store.to_json(), "lag": lag,
+        "model": shared.model.to_json(), "dead_letters": shared.dead_letters(), "bus": shared.bus(),
     })))
 }
 

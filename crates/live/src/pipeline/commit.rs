@@ -8,6 +8,7 @@ use super::Pipeline;
 use crate::board::Pace;
 use crate::error::Result;
 use crate::hub::Kind;
+use crate::post::Post;
 use crate::state::Counters;
 use crate::store::Batch;
 use crate::time::{self, Millis};
@@ -21,12 +22,16 @@ const TIDY_EVERY: Duration = Duration::from_secs(60);
 impl Pipeline<'_> {
     /// Writes everything up to here in one transaction, for as long as it takes.
     pub(super) fn checkpoint(&mut self) -> Result<()> {
-        self.batch.signals = self.windows.take_changes();
+        if !self.send_counted()? {
+            return Ok(());
+        }
+        self.batch.signals = self.counted_windows().take_changes();
         self.batch.alerts = self.alerts.check(self.batch.signals.iter().map(|s| &**s));
         let letters = self.shared.inlet.take_dead_letters();
         self.batch.dead_letters.extend(letters);
+        let position = self.position();
         let checkpoint = &mut self.batch.checkpoint;
-        checkpoint.seq = self.reader.position();
+        checkpoint.seq = position;
         checkpoint.watermark = self.windows.watermark();
         checkpoint.latest = self.windows.latest();
         let heard = self.windows.sources();
@@ -36,25 +41,18 @@ impl Pipeline<'_> {
         for (name, newest) in heard {
             checkpoint.sources.entry(name.clone()).or_default().newest = Some(*newest);
         }
-        let mut pause = Duration::from_millis(50);
-        loop {
-            self.batch.available_at = time::now();
-            match self.store.commit(&self.batch) {
-                Ok(()) => break,
-                // Asked to stop and nowhere to write: the log has it all for the next start.
-                Err(e) if self.stop.load(Ordering::Relaxed) => return Err(e),
-                Err(_) => {
-                    Counters::add(&self.shared.counters.store_failures, 1);
-                    self.answer_questions();
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_secs(2));
-                }
-            }
-        }
+        let mut written = std::mem::take(&mut self.batch);
+        self.with_store(|store| {
+            written.available_at = time::now();
+            store.commit(&written)
+        })?;
         self.written_at = Instant::now();
         self.unwritten.clear();
-        let next = Batch { checkpoint: self.batch.checkpoint.clone(), ..Batch::default() };
-        let written = std::mem::replace(&mut self.batch, next);
+        self.batch.checkpoint = written.checkpoint.clone();
+        if let Some(spread) = &mut self.spread {
+            self.unwritten.extend(spread.front.pending().map(Post::identity));
+            spread.front.committed(spread.windows.watermark());
+        }
         self.shared.inlet.set_done(written.checkpoint.seq);
         self.tell(&written);
         Ok(())
@@ -64,11 +62,12 @@ impl Pipeline<'_> {
         let shared = &self.shared;
         Counters::add(&shared.counters.checkpoints, 1);
         Counters::add(&shared.counters.dead_letters, written.dead_letters.len());
-        shared.counters.windows_in_memory.store(self.windows.in_memory() as u64, Ordering::Relaxed);
+        let windows = self.spread.as_ref().map_or(&self.windows, |s| &s.windows);
+        shared.counters.windows_in_memory.store(windows.in_memory() as u64, Ordering::Relaxed);
         shared.counters.log_bytes.store(self.log.bytes(), Ordering::Relaxed);
         {
             let mut snapshot = shared.snapshot.write().unwrap_or_else(PoisonError::into_inner);
-            snapshot.watermark = written.checkpoint.watermark;
+            snapshot.watermark = windows.watermark();
             snapshot.latest = written.checkpoint.latest;
             written.signals.iter().for_each(|s| snapshot.update(s));
         }

@@ -11,6 +11,7 @@
 
 mod commit;
 mod restart;
+mod spread;
 
 pub use restart::Parts;
 
@@ -23,10 +24,10 @@ use std::time::{Duration, Instant};
 use crate::alerts::Alerts;
 use crate::board::{Pace, State};
 use crate::copies::{Copies, fingerprint};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::log::{Log, Reader};
 use crate::post::{Post, ScoredPost};
-use crate::scorer::{Polarity, Scorer, best, check};
+use crate::scorer::{Polarity, Scorer, best, score_each};
 use crate::state::{Counters, Question, Shared};
 use crate::store::{Batch, DeadLetter, SourceState, Store};
 use crate::tickers::Tickers;
@@ -70,7 +71,7 @@ pub struct Pipeline<'a> {
     shared: Arc<Shared>,
     log: Log,
     reader: Reader,
-    store: Store,
+    store: Box<dyn Store>,
     windows: Windows,
     copies: Copies,
     alerts: Alerts,
@@ -80,6 +81,8 @@ pub struct Pipeline<'a> {
     labels: usize,
     questions: Receiver<Question>,
     options: PipelineOptions,
+    /// Workers that score and sum.
+    spread: Option<spread::Spread>,
     stop: Arc<AtomicBool>,
     /// What the next checkpoint writes.
     batch: Batch,
@@ -100,12 +103,16 @@ impl Pipeline<'_> {
     pub fn run(&mut self) -> Result<()> {
         while !self.stop.load(Ordering::Relaxed) {
             self.answer_questions();
-            let posts = self.read()?;
-            if !posts.is_empty() {
-                self.finished = false;
-                self.count(posts)?;
+            if self.spread.is_some() {
+                self.spread_work()?;
+            } else {
+                let posts = self.read(self.scorer.batch())?;
+                if !posts.is_empty() {
+                    self.finished = false;
+                    self.count(posts)?;
+                }
             }
-            let caught_up = self.reader.position() >= self.log.end();
+            let caught_up = self.position() >= self.log.end();
             let due = self.written_at.elapsed() >= self.options.checkpoint_every;
             if self.batch.posts.len() >= MAX_UNWRITTEN || (due && self.has_news()) {
                 self.checkpoint()?;
@@ -113,7 +120,7 @@ impl Pipeline<'_> {
             if caught_up {
                 if self.follow_time() {
                     if self.finished {
-                        self.windows.close_all();
+                        self.counted_windows().close_all();
                     }
                     self.checkpoint()?;
                 }
@@ -122,22 +129,50 @@ impl Pipeline<'_> {
                 }
                 self.note_deliveries()?;
                 self.tidy();
-                self.log.wait(self.reader.position(), WAIT);
+                if self.spread.is_none() {
+                    self.log.wait(self.reader.position(), WAIT);
+                }
             }
         }
         if self.has_news() { self.checkpoint() } else { Ok(()) }
     }
 
     fn has_news(&self) -> bool {
-        self.reader.position() > self.batch.checkpoint.seq
+        let spread = self.spread.as_ref().is_some_and(|s| s.front.has_news() || s.windows.has_changes());
+        spread || self.position() > self.batch.checkpoint.seq
     }
 
-    /// Up to a batch of posts that are not counted yet.
-    fn read(&mut self) -> Result<Vec<(u64, Post)>> {
-        let want = self.scorer.batch().max(1);
+    /// Records before this were counted, or need not be.
+    fn position(&self) -> u64 {
+        let out = self.spread.as_ref().and_then(|s| s.front.first_pending());
+        out.unwrap_or_else(|| self.reader.position())
+    }
+
+    /// The windows that signals are made of.
+    fn counted_windows(&mut self) -> &mut Windows {
+        self.spread.as_mut().map_or(&mut self.windows, |s| &mut s.windows)
+    }
+
+    /// Up to so many posts that are not counted yet.
+    fn read(&mut self, want: usize) -> Result<Vec<(u64, Post)>> {
+        let want = want.max(1);
         let mut posts = Vec::with_capacity(want);
-        while posts.len() < want {
-            let Some((seq, record)) = self.reader.next_record()? else { break };
+        let mut fresh: Vec<(u128, u64, Post)> = Vec::with_capacity(want);
+        loop {
+            let full = posts.len() + fresh.len() >= want;
+            let record = if full { None } else { self.reader.next_record()? };
+            let Some((seq, record)) = record else {
+                if fresh.is_empty() {
+                    return Ok(posts);
+                }
+                // All at once: the store may be on another machine.
+                let identities: Vec<u128> = fresh.iter().map(|(identity, ..)| *identity).collect();
+                let known = self.with_store(|store| store.known(&identities))?;
+                Counters::add(&self.shared.counters.duplicates, known.len());
+                let new = fresh.drain(..).filter(|(identity, ..)| !known.contains(identity));
+                posts.extend(new.map(|(_, seq, post)| (seq, post)));
+                continue;
+            };
             let post: Post = match serde_json::from_slice(&record) {
                 Ok(post) => post,
                 Err(e) => {
@@ -150,14 +185,40 @@ impl Pipeline<'_> {
                 self.source(&post.source).cursor = Some(cursor.clone());
             }
             let identity = post.identity();
-            if self.unwritten.contains(&identity) || self.store.has(identity)? {
+            if self.unwritten.insert(identity) {
+                fresh.push((identity, seq, post));
+            } else {
                 Counters::add(&self.shared.counters.duplicates, 1);
-                continue;
             }
-            self.unwritten.insert(identity);
-            posts.push((seq, post));
         }
-        Ok(posts)
+    }
+
+    /// Works with the store for as long as it takes: while it is down the log goes on taking posts, questions are answered,
+    /// and the page says what is wrong.
+    fn with_store<T>(&mut self, mut work: impl FnMut(&mut dyn Store) -> Result<T>) -> Result<T> {
+        let mut pause = Duration::from_millis(50);
+        loop {
+            let trouble = match work(&mut *self.store) {
+                Ok(value) => {
+                    self.shared.note_store(None);
+                    return Ok(value);
+                }
+                // Asked to stop and nowhere to write: the log has it all for the next start.
+                Err(e) if self.stop.load(Ordering::Relaxed) || matches!(e, Error::StoreChanged { .. }) => {
+                    return Err(e);
+                }
+                Err(Error::Store { why, .. } | Error::StoreAway { why, .. }) => why,
+                Err(e) => e.to_string(),
+            };
+            Counters::add(&self.shared.counters.store_failures, 1);
+            self.shared.note_store(Some(trouble.lines().next().unwrap_or_default().to_owned()));
+            let until = Instant::now() + pause;
+            while Instant::now() < until && !self.stop.load(Ordering::Relaxed) {
+                self.answer_questions();
+                std::thread::sleep(WAIT.min(pause));
+            }
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
     }
 
     fn source(&mut self, name: &str) -> &mut SourceState {
@@ -166,7 +227,7 @@ impl Pipeline<'_> {
 
     fn count(&mut self, posts: Vec<(u64, Post)>) -> Result<()> {
         let texts: Vec<&str> = posts.iter().map(|(_, p)| p.text.as_str()).collect();
-        let answers = score(&mut *self.scorer, &texts, self.labels);
+        let answers = score_each(&mut *self.scorer, &texts, self.labels);
         let scored_at = time::now();
         for ((seq, post), answer) in posts.into_iter().zip(answers) {
             match answer {
@@ -204,7 +265,14 @@ impl Pipeline<'_> {
             damped: verdict.damped,
             too_late: false,
         };
-        scored.too_late = self.windows.add(&scored, &*self.tickers);
+        scored.too_late = match &mut self.spread {
+            None => self.windows.add(&scored, &*self.tickers),
+            Some(spread) => {
+                let open = self.windows.place(scored.post.event_time);
+                spread.put(&scored, open, self.windows.watermark(), &*self.tickers);
+                open.contains(&false)
+            }
+        };
         self.windows.heard(&scored.post.source, scored.post.event_time);
         self.windows.advance();
         let counters = &self.shared.counters;
@@ -225,7 +293,7 @@ impl Pipeline<'_> {
         for (name, source) in &sources {
             let ended = matches!(source.state, State::Done | State::Stopped);
             // What it delivered last may not have been read yet.
-            let over = ended && source.end_seq <= self.reader.position();
+            let over = ended && source.end_seq <= self.position();
             let quiet = now - source.last_post_at.unwrap_or(source.since) > IDLE;
             if over || (source.pace == Pace::Live && quiet) {
                 self.windows.silent(name);
@@ -250,15 +318,16 @@ impl Pipeline<'_> {
             if !behind {
                 self.windows.advance_to(now - BEHIND_CLOCK);
             }
-            return self.windows.has_changes() && self.written_at.elapsed() >= Duration::from_secs(1);
+            self.close_what_is_told();
+            return self.counted_windows().has_changes() && self.written_at.elapsed() >= Duration::from_secs(1);
         }
-        !std::mem::replace(&mut self.finished, true)
+        self.is_told() && !std::mem::replace(&mut self.finished, true)
     }
 
     /// Alerts that a webhook has taken are marked in the store.
     fn note_deliveries(&mut self) -> Result<()> {
         let ids = self.shared.take_delivered();
-        if ids.is_empty() { Ok(()) } else { self.store.delivered(&ids) }
+        if ids.is_empty() { Ok(()) } else { self.with_store(|store| store.delivered(&ids)) }
     }
 
     /// Questions of the API come before posts, but only those that wait now: neither starves the other.
@@ -269,30 +338,11 @@ impl Pipeline<'_> {
                 continue;
             }
             let texts: Vec<&str> = question.texts.iter().map(String::as_str).collect();
-            let answers: Result<Vec<_>, _> = score(&mut *self.scorer, &texts, self.labels).into_iter().collect();
+            let answers: Result<Vec<_>, _> = score_each(&mut *self.scorer, &texts, self.labels).into_iter().collect();
             // Who asked may have left.
             let _ = question.answer.send(answers);
         }
     }
-}
-
-/// Scores texts together; if that fails, one by one, so that a text that the model cannot take harms no other.
-fn score(scorer: &mut dyn Scorer, texts: &[&str], labels: usize) -> Vec<Result<Vec<f32>, String>> {
-    let mut answers = Vec::with_capacity(texts.len());
-    for chunk in texts.chunks(scorer.batch().max(1)) {
-        match scorer.score(chunk) {
-            Ok(all) if all.len() == chunk.len() && all.iter().all(|p| check(p, labels).is_ok()) => {
-                answers.extend(all.into_iter().map(Ok));
-            }
-            _ => answers.extend(chunk.iter().map(|text| -> Result<Vec<f32>, String> {
-                let alone = scorer.score(&[*text])?;
-                let probabilities = alone.into_iter().next().ok_or("the model gave no answer")?;
-                check(&probabilities, labels)?;
-                Ok(probabilities)
-            })),
-        }
-    }
-    answers
 }
 
 /// The time of day at the start and the steady clock since: when somebody sets the clock forward, windows do not close.

@@ -6,8 +6,10 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::spread::Spread;
 use super::{Clock, Pipeline, PipelineOptions};
 use crate::alerts::Alerts;
+use crate::bus::front::Front;
 use crate::copies::{Copies, remembered_since};
 use crate::error::{Error, Result};
 use crate::log::Log;
@@ -22,12 +24,13 @@ use crate::windows::{WindowOptions, Windows};
 pub struct Parts<'a> {
     pub shared: Arc<Shared>,
     pub log: Log,
-    pub store: Store,
+    pub store: Box<dyn Store>,
     pub scorer: &'a mut dyn Scorer,
     pub questions: Receiver<Question>,
     pub alerts: Alerts,
     pub windows: WindowOptions,
     pub options: PipelineOptions,
+    pub(crate) bus: Option<Front>,
     pub stop: Arc<AtomicBool>,
 }
 
@@ -37,35 +40,49 @@ impl<'a> Pipeline<'a> {
     /// # Errors
     /// A store or log that cannot be read, or that do not belong together; labels without a good and a bad one.
     pub fn resume(parts: Parts<'a>) -> Result<Self> {
-        let Parts { shared, log, store, scorer, questions, alerts, windows, options, stop } = parts;
+        let Parts { shared, log, mut store, scorer, questions, alerts, windows, options, bus, stop } = parts;
         let polarity = Polarity::of(&shared.model.labels)?;
         let found = store.checkpoint()?;
+        let mut spread = bus.map(|front| Spread::new(front, Windows::new(windows.clone(), polarity), polarity));
         let mut windows = Windows::new(windows, polarity);
         let mut copies = Copies::default();
         if let Some(checkpoint) = &found {
             check_log(checkpoint, &log)?;
             let heard = checkpoint.sources.iter().filter_map(|(name, s)| Some((name.clone(), s.newest?))).collect();
             windows.restore_times(checkpoint.watermark, checkpoint.latest, heard);
+            if let Some(spread) = &mut spread {
+                spread.windows.restore_times(checkpoint.watermark, checkpoint.latest, Default::default());
+            }
             let for_windows = windows.oldest_needed();
             let for_copies =
                 if checkpoint.latest == Millis::MIN { Millis::MIN } else { remembered_since(checkpoint.latest) };
-            store.posts_since(for_windows.min(for_copies), |post, fingerprint| {
+            store.posts_since(for_windows.min(for_copies), &mut |post, fingerprint| {
                 let p = &post.post;
                 if p.event_time >= for_copies {
                     copies.observe(fingerprint, &p.source, &p.id, &p.author, None, p.event_time);
                 }
                 if p.event_time >= for_windows {
-                    windows.restore(&post, &*shared.tickers);
+                    match &mut spread {
+                        None => windows.restore(&post, &*shared.tickers),
+                        // Its partitions may have lost it, or never had it.
+                        Some(spread) => {
+                            spread.put(&post, windows.place(p.event_time), checkpoint.watermark, &*shared.tickers)
+                        }
+                    }
                 }
             })?;
             let mut signals = Vec::new();
-            store.recent_signals(checkpoint.latest, |signal| {
-                windows.restore_signal(&signal);
+            store.recent_signals(checkpoint.latest, &mut |signal| {
+                match &mut spread {
+                    None => windows.restore_signal(&signal),
+                    Some(spread) => spread.windows.restore_signal(&signal),
+                }
                 signals.push(signal);
             })?;
             let mut snapshot = shared.snapshot.write().unwrap_or_else(PoisonError::into_inner);
             for mut signal in signals {
-                signal.sparkline = windows.sparkline(&signal);
+                let histories = spread.as_ref().map_or(&windows, |s| &s.windows);
+                signal.sparkline = histories.sparkline(&signal);
                 snapshot.update(&Arc::new(signal));
             }
             snapshot.watermark = checkpoint.watermark;
@@ -84,6 +101,9 @@ impl<'a> Pipeline<'a> {
         }
         shared.inlet.set_done(checkpoint.seq);
         remember_unscored(&shared, &log, checkpoint.seq)?;
+        if let Some(spread) = &mut spread {
+            spread.front.starts_at(checkpoint.seq);
+        }
         let reader = log.reader(checkpoint.seq);
         let tickers = shared.tickers.clone();
         let labels = shared.model.labels.len();
@@ -101,6 +121,7 @@ impl<'a> Pipeline<'a> {
             labels,
             questions,
             options,
+            spread,
             stop,
             batch: Batch { checkpoint, ..Batch::default() },
             unwritten: HashSet::new(),

@@ -78,32 +78,36 @@ async fn within<T>(limit: Duration, host: &str, work: impl Future<Output = T>) -
 /// Believes the certificate authorities of the system; those built in only where it has none.
 fn tls() -> TlsConnector {
     static CONFIG: OnceLock<Arc<ClientConfig>> = OnceLock::new();
+    let config = CONFIG.get_or_init(|| {
+        let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+        let builder = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("ring offers TLS 1.2 and 1.3");
+        Arc::new(builder.with_root_certificates(system_roots()).with_no_client_auth())
+    });
+    TlsConnector::from(config.clone())
+}
+
+pub(crate) fn system_roots() -> RootCertStore {
     const BUNDLES: [&str; 4] = [
         "/etc/ssl/certs/ca-certificates.crt",
         "/etc/pki/tls/certs/ca-bundle.crt",
         "/etc/ssl/ca-bundle.pem",
         "/etc/ssl/cert.pem",
     ];
-    let config = CONFIG.get_or_init(|| {
-        let named = std::env::var("SSL_CERT_FILE").ok();
-        let mut roots = RootCertStore::empty();
-        for path in named.as_deref().into_iter().chain(BUNDLES) {
-            let Ok(found) = CertificateDer::pem_file_iter(Path::new(path)) else { continue };
-            let (added, _) = roots.add_parsable_certificates(found.flatten());
-            if added > 0 {
-                break;
-            }
+    let named = std::env::var("SSL_CERT_FILE").ok();
+    let mut roots = RootCertStore::empty();
+    for path in named.as_deref().into_iter().chain(BUNDLES) {
+        let Ok(found) = CertificateDer::pem_file_iter(Path::new(path)) else { continue };
+        let (added, _) = roots.add_parsable_certificates(found.flatten());
+        if added > 0 {
+            break;
         }
-        if roots.is_empty() {
-            roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-        }
-        let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("ring offers TLS 1.2 and 1.3");
-        Arc::new(builder.with_root_certificates(roots).with_no_client_auth())
-    });
-    TlsConnector::from(config.clone())
+    }
+    if roots.is_empty() {
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    }
+    roots
 }
 
 pub struct Answer {

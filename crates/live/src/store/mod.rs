@@ -1,32 +1,31 @@
-//! The embedded store: SQLite with a write-ahead log.
+//! Where posts, windows and the place in the log are kept: SQLite in the data directory, or a PostgreSQL server.
 //!
-//! What holds: posts, windows, alerts and the checkpoint (place in the log, watermark, cursors of the sources) change in one
-//! transaction. Whatever moment the process dies at, the store is at a checkpoint, and the log has everything after it.
-//! Writing twice is writing once: a post is keyed by (source, id, model), a window by its place, an alert by its occasion.
+//! What holds for both, and is tested with the same tests on both: posts, windows, alerts and the checkpoint (place in the
+//! log, watermark, cursors of the sources) change in one transaction. Whatever moment the process or the server dies at, the
+//! store is at a checkpoint, and the log has everything after it. Writing twice is writing once: a post is keyed by
+//! (source, id, model), a window by its place, an alert by its occasion.
 
-mod read;
-mod restore;
-mod retention;
+pub mod location;
+pub mod postgres;
+pub mod sqlite;
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use rusqlite::{Connection, OptionalExtension, Transaction, params};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-pub use read::{PostFilter, Reader, Readers};
-pub(crate) use read::{model_of, post_of_row};
+pub use location::Location;
+pub use sqlite::{SqliteReader, SqliteStore};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::post::ScoredPost;
 use crate::scorer::ModelInfo;
-use crate::time::Millis;
-use crate::windows::Signal;
+use crate::time::{Millis, rfc3339};
+use crate::windows::{Scope, Signal, Values, Window};
 
 /// Dead letters that are kept.
-const MAX_DEAD_LETTERS: i64 = 10_000;
+pub(crate) const MAX_DEAD_LETTERS: i64 = 10_000;
 /// Characters of what could not be taken that are kept.
 pub(crate) const MAX_RAW: usize = 500;
 
@@ -41,7 +40,7 @@ pub struct DeadLetter {
 
 impl DeadLetter {
     pub fn new(source: &str, reason: impl Into<String>, raw: &str) -> Self {
-        let raw = raw.chars().take(MAX_RAW).collect();
+        let raw = raw.chars().take(MAX_RAW).map(|c| if c == '\0' { '\u{fffd}' } else { c }).collect();
         Self { at: crate::time::now(), source: source.to_owned(), reason: reason.into(), raw }
     }
 }
@@ -110,219 +109,271 @@ impl Default for StoreOptions {
     }
 }
 
-pub struct Store {
-    db: Connection,
-    path: PathBuf,
-    options: StoreOptions,
-    model: i64,
-}
-
-impl Store {
-    /// Opens or creates the store of a directory for writing.
-    ///
-    /// # Errors
-    /// A directory that cannot be written, or a file that is no store or of a newer version.
-    pub fn open(directory: &Path, model: &ModelInfo, options: StoreOptions) -> Result<Self> {
-        std::fs::create_dir_all(directory).map_err(Error::io("create", directory))?;
-        let path = file(directory);
-        let db = Connection::open(&path).map_err(Error::store(&path))?;
-        let model = prepare(&db, model).map_err(Error::store(&path))?;
-        let version: i64 = db.query_row("PRAGMA user_version", [], |r| r.get(0)).map_err(Error::store(&path))?;
-        if version != 1 {
-            let what = format!("{}: expected a store of version 1, found {version}", path.display());
-            return Err(Error::Invalid(
-                what + "\n  hint: it was written by another version of cashtag; give another --data",
-            ));
-        }
-        Ok(Self { db, path, options, model })
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
+/// The one writer.
+pub trait Store {
     /// Whether texts are stored, and so shown.
-    pub fn keeps_text(&self) -> bool {
-        self.options.with_text
-    }
+    fn keeps_text(&self) -> bool;
 
-    /// Whether this post is counted already with this model.
+    /// Which of these posts are counted already with this model.
     ///
     /// # Errors
     /// The store cannot be read.
-    pub fn has(&self, identity: u128) -> Result<bool> {
-        let sql = "SELECT 1 FROM posts WHERE identity = ?1 AND model = ?2";
-        let found = self.db.prepare_cached(sql).and_then(|mut statement| {
-            statement.query_row(params![identity.to_le_bytes(), self.model], |_| Ok(())).optional()
-        });
-        Ok(found.map_err(Error::store(&self.path))?.is_some())
-    }
+    fn known(&mut self, identities: &[u128]) -> Result<HashSet<u128>>;
 
+    /// Writes all of a batch or nothing. The same batch again changes nothing.
+    ///
     /// # Errors
-    /// The store cannot be written; nothing of the batch is in it then.
-    pub fn commit(&mut self, batch: &Batch) -> Result<()> {
-        let (options, model) = (self.options, self.model);
-        let write = |db: &mut Connection| -> rusqlite::Result<()> {
-            let tx = db.transaction()?;
-            write_posts(&tx, batch, model, options.with_text)?;
-            write_signals(&tx, batch)?;
-            write_alerts(&tx, &batch.alerts, options.webhook)?;
-            write_dead_letters(&tx, &batch.dead_letters)?;
-            write_checkpoint(&tx, &batch.checkpoint)?;
-            tx.commit()
-        };
-        write(&mut self.db).map_err(Error::store(&self.path))
-    }
+    /// The store cannot be written, or nobody knows whether it was: then the same batch is to be committed again.
+    fn commit(&mut self, batch: &Batch) -> Result<()>;
 
     /// A webhook has taken these alerts.
     ///
     /// # Errors
     /// The store cannot be written.
-    pub fn delivered(&self, ids: &[i64]) -> Result<()> {
-        let mark = || -> rusqlite::Result<()> {
-            let mut statement = self.db.prepare_cached("UPDATE alerts SET delivered = 1 WHERE id = ?1")?;
-            ids.iter().try_for_each(|id| statement.execute([id]).map(|_| ()))
+    fn delivered(&mut self, ids: &[i64]) -> Result<()>;
+
+    /// Where a restart goes on; `None`: nothing was ever written.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn checkpoint(&mut self) -> Result<Option<Checkpoint>>;
+
+    /// Posts of this model from an event time on, in the order of the log, with their fingerprints.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn posts_since(&mut self, time: Millis, each: &mut dyn FnMut(ScoredPost, u64)) -> Result<()>;
+
+    /// The signals that histories and baselines are made from again, older ones of a series first.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    fn recent_signals(&mut self, latest: Millis, each: &mut dyn FnMut(Signal)) -> Result<()>;
+
+    /// Removes posts, windows, alerts and dead letters that came or last changed before `cutoff`, for at most `time`.
+    /// Returns whether it was all.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    fn forget(&mut self, cutoff: Millis, time: Duration) -> Result<bool>;
+}
+
+/// Which posts are asked for.
+#[derive(Clone, Debug, Default)]
+pub struct PostFilter {
+    pub ticker: Option<String>,
+    pub sector: Option<String>,
+    /// Only posts with a smaller number.
+    pub before: Option<u64>,
+    pub limit: usize,
+}
+
+/// A stored post with the number of its model, for exports.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredPost {
+    pub model: i64,
+    pub post: ScoredPost,
+    pub has_text: bool,
+}
+
+/// One revision of a closed window.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bar {
+    pub scope: Scope,
+    pub key: String,
+    pub start: Millis,
+    pub revision: u32,
+    pub available_at: Millis,
+    pub values: Values,
+}
+
+/// Reads whole checkpoints while the pipeline writes; each reader has a connection of its own.
+///
+/// Every method fails if the store cannot be read.
+#[allow(clippy::missing_errors_doc)]
+pub trait Reader: Send {
+    /// Posts as `/v1/posts` shows them, newest first.
+    fn posts(&self, filter: &PostFilter) -> Result<Vec<Value>>;
+
+    /// All series that there ever were.
+    fn series(&self) -> Result<Vec<(Scope, String)>>;
+
+    /// The windows of one series, oldest first; the newest `limit` of those in the range.
+    fn history(
+        &self,
+        scope: Scope,
+        key: &str,
+        window: Window,
+        range: (Millis, Millis),
+        limit: usize,
+    ) -> Result<Vec<Signal>>;
+
+    /// Newest first.
+    fn alerts(&self, limit: usize) -> Result<Vec<Value>>;
+
+    /// Alerts that no webhook has taken yet, oldest first, with their numbers.
+    fn undelivered(&self, limit: usize) -> Result<Vec<(i64, Alert)>>;
+
+    /// Newest first.
+    fn dead_letters(&self, limit: usize) -> Result<Vec<Value>>;
+
+    /// How many dead letters there ever were.
+    fn dead_letter_count(&self) -> Result<u64>;
+
+    /// How many posts there are.
+    fn post_count(&self) -> Result<u64>;
+
+    /// Which of these posts the store has with this version of the model.
+    fn known(&self, identities: &[u128], version: &str) -> Result<HashSet<u128>>;
+
+    /// The models that posts were scored with, by their numbers.
+    fn models(&self) -> Result<Vec<(i64, ModelInfo)>>;
+
+    /// The days (their first moments) that have posts, from `since` on.
+    fn post_days(&self, since: Millis) -> Result<Vec<Millis>>;
+
+    /// Posts of a day with a number above `after`, in its order.
+    fn posts_of_day(&self, day: Millis, after: i64, limit: usize) -> Result<Vec<StoredPost>>;
+
+    /// The days that have closed windows of this length, from `since` on.
+    fn bar_days(&self, window: Window, since: Millis) -> Result<Vec<Millis>>;
+
+    /// Closed windows that began on a day, in the order of scope, key, start and revision, those behind `after` only.
+    fn bars_of_day(&self, window: Window, day: Millis, after: Option<&Bar>, limit: usize) -> Result<Vec<Bar>>;
+}
+
+/// A few readers for many requests.
+#[derive(Clone)]
+pub struct Readers {
+    location: Location,
+    pool: Arc<Mutex<Pool>>,
+}
+
+#[derive(Default)]
+struct Pool {
+    idle: Vec<Box<dyn Reader>>,
+    /// The last attempt to open one failed then, for this reason.
+    failed: Option<(Instant, String)>,
+}
+
+impl Readers {
+    pub fn new(location: Location) -> Self {
+        Self { location, pool: Arc::default() }
+    }
+
+    fn pool(&self) -> std::sync::MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads with an idle connection, or a new one. Blocks. While a store cannot be reached, one request in a second tries;
+    /// the others fail at once, so that no queue of waiting threads grows.
+    ///
+    /// # Errors
+    /// Whatever reading gives.
+    pub fn with<T>(&self, read: impl FnOnce(&dyn Reader) -> Result<T>) -> Result<T> {
+        let idle = {
+            let mut pool = self.pool();
+            match (pool.idle.pop(), &pool.failed) {
+                (None, Some((when, why))) if when.elapsed() < Duration::from_secs(1) => {
+                    return Err(crate::Error::Invalid(why.clone()));
+                }
+                // The others wait for what this one finds.
+                (None, Some((_, why))) => {
+                    let why = why.clone();
+                    pool.failed = Some((Instant::now(), why));
+                    None
+                }
+                (idle, _) => idle,
+            }
         };
-        mark().map_err(Error::store(&self.path))
+        let reader = match idle {
+            Some(reader) => reader,
+            None => match self.location.reader() {
+                Ok(reader) => {
+                    self.pool().failed = None;
+                    reader
+                }
+                Err(e) => {
+                    self.pool().failed = Some((Instant::now(), e.to_string()));
+                    return Err(e);
+                }
+            },
+        };
+        let outcome = read(&*reader);
+        let mut pool = self.pool();
+        if outcome.is_err() {
+            // A connection that failed is not used again, and its siblings have most likely lost theirs, too.
+            pool.idle.clear();
+        } else if pool.idle.len() < 8 {
+            pool.idle.push(reader);
+        }
+        outcome
     }
 }
 
-pub(crate) fn file(directory: &Path) -> PathBuf {
-    directory.join("live.sqlite")
-}
-
-fn prepare(db: &Connection, model: &ModelInfo) -> rusqlite::Result<i64> {
-    db.busy_timeout(Duration::from_secs(5))?;
-    db.pragma_update(None, "journal_mode", "WAL")?;
-    // The log is synced before a post is acknowledged; what a power cut takes from here is read from there again.
-    db.pragma_update(None, "synchronous", "NORMAL")?;
-    db.pragma_update(None, "cache_size", -65_536)?;
-    db.pragma_update(None, "temp_store", "MEMORY")?;
-    db.set_prepared_statement_cache_capacity(64);
-    let version: i64 = db.query_row("PRAGMA user_version", [], |r| r.get(0))?;
-    if version == 0 {
-        db.execute_batch(include_str!("schema.sql"))?;
-        db.pragma_update(None, "user_version", 1)?;
-    }
-    let info = serde_json::json!({
+/// How a model is written into the store.
+fn model_json(model: &ModelInfo) -> Value {
+    json!({
         "name": model.name, "adapter": model.adapter, "labels": model.labels, "temperature": model.temperature,
         "model": model.model_hash, "adapter_hash": model.adapter_hash, "prompt": model.prompt_hash,
-    });
-    let version = model.version();
-    db.execute("INSERT OR IGNORE INTO models (version, info) VALUES (?1, ?2)", params![version, info.to_string()])?;
-    db.query_row("SELECT id FROM models WHERE version = ?1", [version], |r| r.get(0))
+    })
 }
 
-fn write_posts(tx: &Transaction<'_>, batch: &Batch, model: i64, with_text: bool) -> rusqlite::Result<()> {
-    let mut post = tx.prepare_cached(
-        "INSERT INTO posts VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, \
-         ?20, ?21, ?22) ON CONFLICT DO NOTHING",
-    )?;
-    let mut key = tx.prepare_cached("INSERT INTO post_keys VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING")?;
-    for (p, fingerprint) in batch.posts.iter().zip(&batch.fingerprints) {
-        let tickers = serde_json::to_string(&p.tickers).unwrap_or_default();
-        let sectors = serde_json::to_string(&p.sectors).unwrap_or_default();
-        let probabilities = serde_json::to_string(&p.probabilities).unwrap_or_default();
-        let seq = p.seq as i64;
-        post.execute(params![
-            seq,
-            p.post.identity().to_le_bytes(),
-            model,
-            p.post.source,
-            p.post.id,
-            p.post.author,
-            p.post.event_time,
-            p.post.received_at,
-            p.scored_at,
-            batch.available_at,
-            with_text.then_some(&p.post.text),
-            p.post.url,
-            p.is_copy_of,
-            p.damped,
-            p.too_late,
-            p.weight,
-            *fingerprint as i64,
-            tickers,
-            sectors,
-            probabilities,
-            p.label as i64,
-            p.score,
-        ])?;
-        for ticker in &p.tickers {
-            key.execute(params![0, ticker.symbol, seq])?;
-        }
-        for sector in &p.sectors {
-            key.execute(params![1, sector, seq])?;
-        }
+/// The labels and hashes that a stored post was made with.
+fn model_of(info: &str) -> ModelInfo {
+    let info: Value = serde_json::from_str(info).unwrap_or_default();
+    let text = |key: &str| info[key].as_str().map(str::to_owned);
+    let labels = info["labels"].as_array().map(|l| l.iter().filter_map(|l| Some(l.as_str()?.to_owned())).collect());
+    ModelInfo {
+        name: text("name").unwrap_or_default(),
+        adapter: text("adapter"),
+        labels: labels.unwrap_or_default(),
+        temperature: info["temperature"].as_f64().unwrap_or(1.0) as f32,
+        model_hash: text("model").unwrap_or_default(),
+        adapter_hash: text("adapter_hash"),
+        prompt_hash: text("prompt").unwrap_or_default(),
     }
-    Ok(())
 }
 
-fn write_signals(tx: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
-    let mut series = tx.prepare_cached("INSERT INTO series VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING")?;
-    let mut window = tx.prepare_cached(
-        "INSERT INTO windows VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT DO UPDATE SET \
-         revision = excluded.revision, available_at = excluded.available_at, data = excluded.data",
-    )?;
-    let mut bar = tx.prepare_cached("INSERT OR REPLACE INTO bars VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
-    for s in &batch.signals {
-        let data = serde_json::to_string(&s.values).unwrap_or_default();
-        let (w, scope, key) = (s.window as i64, s.scope as i64, &*s.key);
-        if s.window == crate::windows::Window::D1 {
-            series.execute(params![scope, key, s.name])?;
-        }
-        window.execute(params![w, scope, key, s.start, s.revision, batch.available_at, data])?;
-        if s.revision > 0 {
-            bar.execute(params![w, scope, key, s.start, s.revision, batch.available_at, data])?;
-        }
-    }
-    Ok(())
+fn scope_of(number: i64) -> Scope {
+    usize::try_from(number).ok().and_then(|n| Scope::ALL.get(n)).copied().unwrap_or(Scope::Ticker)
 }
 
-fn write_alerts(tx: &Transaction<'_>, alerts: &[Alert], webhook: bool) -> rusqlite::Result<()> {
-    let mut statement = tx.prepare_cached(
-        "INSERT INTO alerts (rule, key, window, start, at, fields, text, delivered) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) ON CONFLICT DO NOTHING",
-    )?;
-    for a in alerts {
-        statement.execute(params![
-            a.rule,
-            a.key,
-            a.window as i64,
-            a.start,
-            a.at,
-            a.values.to_string(),
-            a.text,
-            !webhook
-        ])?;
-    }
-    Ok(())
+fn window_of(number: i64) -> Window {
+    usize::try_from(number).ok().and_then(|n| Window::ALL.get(n)).copied().unwrap_or(Window::M5)
 }
 
-fn write_dead_letters(tx: &Transaction<'_>, letters: &[DeadLetter]) -> rusqlite::Result<()> {
-    if letters.is_empty() {
-        return Ok(());
-    }
-    let mut statement =
-        tx.prepare_cached("INSERT INTO dead_letters (at, source, reason, raw) VALUES (?1, ?2, ?3, ?4)")?;
-    for l in letters {
-        statement.execute(params![l.at, l.source, l.reason, l.raw])?;
-    }
-    let oldest = "DELETE FROM dead_letters WHERE id <= (SELECT max(id) FROM dead_letters) - ?1";
-    tx.prepare_cached(oldest)?.execute([MAX_DEAD_LETTERS])?;
-    tx.prepare_cached("INSERT INTO meta VALUES ('dead_letters', ?1) ON CONFLICT DO UPDATE SET value = value + ?1")?
-        .execute([letters.len() as i64])?;
-    Ok(())
+/// How far back signals of a window are read again at a start.
+fn span_of(window: Window) -> Millis {
+    use crate::windows::{BASELINE_DAYS, SPARKLINE};
+    let baseline = if window == Window::H1 { (BASELINE_DAYS + 2) * crate::time::DAY } else { 0 };
+    (2 * SPARKLINE as i64 * window.size()).max(baseline)
 }
 
-fn write_checkpoint(tx: &Transaction<'_>, checkpoint: &Checkpoint) -> rusqlite::Result<()> {
-    let mut meta = tx.prepare_cached("INSERT OR REPLACE INTO meta VALUES (?1, ?2)")?;
-    meta.execute(params!["seq", checkpoint.seq as i64])?;
-    meta.execute(params!["watermark", checkpoint.watermark])?;
-    meta.execute(params!["latest", checkpoint.latest])?;
-    let mut source = tx.prepare_cached("INSERT OR REPLACE INTO sources VALUES (?1, ?2, ?3)")?;
-    for (name, state) in &checkpoint.sources {
-        source.execute(params![name, state.cursor, state.newest])?;
+/// A window as it is stored, as a signal.
+fn stored_signal(
+    (scope, key, name): (Scope, &str, Option<&str>),
+    window: Window,
+    start: Millis,
+    revision: u32,
+    data: &str,
+) -> Signal {
+    Signal {
+        key: Arc::from(key),
+        scope,
+        name: name.map(str::to_owned),
+        window,
+        start,
+        end: start + window.size(),
+        is_final: false,
+        revision,
+        values: serde_json::from_str(data).unwrap_or_default(),
+        sparkline: Vec::new(),
     }
-    Ok(())
+}
+
+impl DeadLetter {
+    fn to_json(&self) -> Value {
+        json!({"at": rfc3339(self.at), "source": self.source, "reason": self.reason, "raw": self.raw})
+    }
 }

@@ -29,8 +29,8 @@ pub(super) struct Accumulator {
 
 #[derive(Clone, Debug)]
 pub(super) struct Top {
-    rank: f64,
-    seq: u64,
+    pub(super) rank: f64,
+    pub(super) seq: u64,
     pub(super) id: String,
 }
 

@@ -17,6 +17,7 @@
 mod accumulator;
 mod authors;
 mod baseline;
+pub(crate) mod partition;
 mod series;
 mod signal;
 #[cfg(test)]

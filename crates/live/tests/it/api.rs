@@ -11,11 +11,18 @@ use cashtag_live::sources::file::{Replay, Speed};
 use serde_json::{Value, json};
 
 use crate::oracle::{lines, stream};
+use crate::place::{Place, on_both};
 use crate::rig::{Rig, listening, options, write};
 
-fn replayed(dir: &std::path::Path, count: usize) -> Rig {
-    let path = write(dir, "day.jsonl", &lines(&stream(count, 11)));
-    let rig = Rig::start(listening(&dir.join("data")), vec![Box::new(Replay::file(path, Speed::Fastest))]);
+on_both!(
+    every_route_answers_as_the_contract_says,
+    ingested_posts_are_durable_known_and_counted,
+    alerts_are_shown_stored_once_and_sent_until_they_are_taken,
+);
+
+fn replayed(place: &Place, count: usize) -> Rig {
+    let path = write(place.dir.path(), "day.jsonl", &lines(&stream(count, 11)));
+    let rig = Rig::start(place.listening(), vec![Box::new(Replay::file(path, Speed::Fastest))]);
     rig.until("all is counted", |r| {
         r.scored() == count as u64 && r.get("/v1/overview?window=1d")["market"].is_object()
     });
@@ -29,14 +36,12 @@ fn keys(value: &Value) -> Vec<&str> {
     keys
 }
 
-#[test]
-fn every_route_answers_as_the_contract_says() {
-    let dir = tempfile::tempdir().unwrap();
-    let rig = replayed(dir.path(), 500);
+fn every_route_answers_as_the_contract_says(place: &Place) {
+    let rig = replayed(place, 500);
     let overview = rig.get("/v1/overview?window=1h");
     assert_eq!(
         keys(&overview),
-        ["as_of", "dead_letters", "lag", "market", "model", "movers", "sectors", "sources", "window"]
+        ["as_of", "bus", "dead_letters", "lag", "market", "model", "movers", "sectors", "sources", "store", "window"]
     );
     assert_eq!(keys(&overview["model"]), ["adapter", "labels", "name", "temperature"]);
     assert_eq!(
@@ -119,7 +124,9 @@ fn every_route_answers_as_the_contract_says() {
     assert_eq!(rig.get("/v1/alerts")["items"], json!([]));
     assert_eq!(rig.get("/v1/dead-letters")["items"], json!([]));
     assert_eq!(rig.get("/v1/quality"), json!({}));
-    assert_eq!(rig.get("/health")["status"], "ok");
+    let health = rig.get("/health");
+    assert_eq!((&health["status"], &health["store"]), (&json!("ok"), &json!("connected")));
+    assert_eq!(overview["store"]["kind"], place.location.kind());
     assert!(rig.get("/metrics").as_str().unwrap().contains("\ncashtag_live_posts_scored_total 500\n"));
     let widgets = rig.get("/widgets.json");
     for (_, widget) in widgets.as_object().unwrap() {
@@ -169,11 +176,8 @@ fn what_is_asked_wrongly_is_said() {
     assert_eq!(rig.get("/v1/signals")["signals"], json!([]));
 }
 
-#[test]
-fn ingested_posts_are_durable_known_and_counted() {
-    let dir = tempfile::tempdir().unwrap();
-    let data = dir.path().join("data");
-    let rig = Rig::start(listening(&data), Vec::new());
+fn ingested_posts_are_durable_known_and_counted(place: &Place) {
+    let rig = Rig::start(place.listening(), Vec::new());
     let body = "{\"id\": \"1\", \"author\": \"ann\", \"text\": \"$AAA up\"}\n{\"id\": \"2\", \"text\": \"\"}\nnonsense\n{\"id\": \"3\", \"text\": \"$BBB down\"}\n";
     let (status, answer) = rig.post("/v1/ingest", body);
     assert_eq!((status, &answer["accepted"], &answer["duplicates"]), (202, &json!(2), &json!(0)), "{answer}");
@@ -185,8 +189,9 @@ fn ingested_posts_are_durable_known_and_counted() {
     rig.until("they are shown", |r| r.get("/v1/posts")["posts"].as_array().unwrap().len() == 4);
     rig.until("dead letters", |r| r.get("/v1/dead-letters")["items"].as_array().unwrap().len() == 6);
     rig.stop();
-    // Known across a restart.
-    let rig = Rig::start(listening(&data), Vec::new());
+    // Known across a restart, and so are the dead letters.
+    let rig = Rig::start(place.listening(), Vec::new());
+    assert_eq!(rig.get("/v1/overview")["dead_letters"], 6);
     assert_eq!(rig.post("/v1/ingest", body).1["duplicates"], 2);
     let (status, answer) = rig.post("/v1/ingest", &"x".repeat(3 << 20));
     assert_eq!(status, 413, "{answer}");
@@ -295,10 +300,7 @@ fn keys_stand_before_everything_but_the_page() {
     assert!(!page.contains("unsafe-inline"));
 }
 
-#[test]
-fn alerts_are_shown_stored_once_and_sent_until_they_are_taken() {
-    let dir = tempfile::tempdir().unwrap();
-    let data = dir.path().join("data");
+fn alerts_are_shown_stored_once_and_sent_until_they_are_taken(place: &Place) {
     // The first attempt is refused, the second lost, then all are taken.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let hook = format!("http://{}/alerts", listener.local_addr().unwrap());
@@ -327,7 +329,7 @@ fn alerts_are_shown_stored_once_and_sent_until_they_are_taken() {
     });
     let start = |rule: &str| {
         let options =
-            LiveOptions { rules: vec![Rule::parse(rule).unwrap()], webhook: Some(hook.clone()), ..listening(&data) };
+            LiveOptions { rules: vec![Rule::parse(rule).unwrap()], webhook: Some(hook.clone()), ..place.listening() };
         Rig::start(options, Vec::new())
     };
     let rule = "mentions >= 3 in 1d for AAA";

@@ -6,7 +6,8 @@ use cashtag_live::export::export;
 use cashtag_live::sources::file::{Replay, Speed};
 
 use crate::oracle::{expect, lines, stream};
-use crate::rig::{options, run_to_end, write};
+use crate::place::{Place, on_both};
+use crate::rig::{run_to_end, write};
 
 /// Each reads the same numbers its own way and prints them.
 const READERS: [(&str, &str); 3] = [
@@ -40,22 +41,22 @@ print((int((s.tickers.apply(lambda t: 'AAA' in t) & (s.available_at >= s.receive
     ),
 ];
 
-#[test]
-fn the_usual_tools_read_the_export() {
-    let dir = tempfile::tempdir().unwrap();
-    let data = dir.path().join("data");
+on_both!(the_usual_tools_read_the_export);
+
+fn the_usual_tools_read_the_export(place: &Place) {
+    let dir = &place.dir;
     let mut posts = stream(600, 41);
     // Over midnight.
     let midnight = posts[300].time / 86_400_000 * 86_400_000 + 86_400_000;
     let shift = midnight - posts[300].time;
     posts.iter_mut().for_each(|p| p.time += shift);
     let path = write(dir.path(), "day.jsonl", &lines(&posts));
-    run_to_end(options(&data), vec![Box::new(Replay::file(path, Speed::Fastest))]).unwrap();
+    run_to_end(place.options(), vec![Box::new(Replay::file(path, Speed::Fastest))]).unwrap();
     let out = dir.path().join("out");
-    let first = export(&data, &out, None).unwrap();
+    let first = export(&place.location, &out, None).unwrap();
     assert_eq!((first.posts, first.files.len()), (600, 2 + 4 * 2));
     assert!(out.join("bars/interval=1m").is_dir());
-    assert_eq!(export(&data, &out, None).unwrap(), first, "again");
+    assert_eq!(export(&place.location, &out, None).unwrap(), first, "again");
     // Of revisions, a reader takes the last: here each window has one.
     let windows: Vec<u64> = expect(&posts)
         .into_iter()

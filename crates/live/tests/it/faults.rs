@@ -1,6 +1,5 @@
 //! A store that is down, a disk that is full, times that cannot be.
 
-use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -8,6 +7,7 @@ use cashtag_live::sources::file::{Replay, Speed};
 use cashtag_live::windows::Window;
 use serde_json::json;
 
+use crate::disk::SmallDisk;
 use crate::oracle::{assert_same, lines, stream};
 use crate::rig::{Pure, Rig, listening, options, run_to_end, write};
 
@@ -41,43 +41,13 @@ fn a_store_that_is_down_for_a_while_loses_nothing() {
     crate::oracle::compare(&found, &crate::oracle::expect(&posts));
 }
 
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn new(kilobytes: u32) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let size = format!("size={kilobytes}k");
-        let mount = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &size, "tmpfs"])
-            .arg(folder.path())
-            .stderr(Stdio::null())
-            .status();
-        if mount.is_ok_and(|status| status.success()) {
-            return Some(Self(folder));
-        }
-        println!("skipped: no small file system can be mounted here (this needs root)");
-        None
-    }
-
-    fn grow(&self, kilobytes: u32) {
-        let size = format!("remount,size={kilobytes}k");
-        assert!(Command::new("mount").args(["-o", &size]).arg(self.0.path()).status().unwrap().success());
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
-    }
-}
-
 #[test]
 fn a_full_disk_makes_sources_wait_and_room_lets_them_go_on() {
     let Some(disk) = SmallDisk::new(1_500) else { return };
     let dir = tempfile::tempdir().unwrap();
     let posts = stream(6_000, 22);
     let path = write(dir.path(), "day.jsonl", &lines(&posts));
-    let data = disk.0.path().join("data");
+    let data = disk.path().join("data");
     let rig = Rig::start(listening(&data), vec![Box::new(Replay::file(path, Speed::Fastest))]);
     let failures = |r: &Rig| r.shared.counters.store_failures.load(Ordering::Relaxed);
     let waits = |r: &Rig| r.shared.inlet.board().to_json()[0]["detail"].as_str().is_some_and(|d| d.contains("waiting"));

@@ -4,10 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use cashtag_live::store::Reader;
+use cashtag_live::store::Location;
 use cashtag_live::windows::Window;
 use serde_json::json;
 
+use crate::place::Place;
 use crate::rig::{probabilities, sector, symbols};
 
 /// A post of the input.
@@ -97,16 +98,33 @@ pub(crate) fn expect(posts: &[Given]) -> BTreeMap<Key, Want> {
 }
 
 /// What the store has, in the same form; every window must be closed.
-pub(crate) fn found(data: &Path) -> BTreeMap<Key, Want> {
+pub(crate) fn found(data: &impl At) -> BTreeMap<Key, Want> {
     read(data, true)
 }
 
-pub(crate) fn found_unchecked(data: &Path) -> BTreeMap<Key, Want> {
+pub(crate) fn found_unchecked(data: &impl At) -> BTreeMap<Key, Want> {
     read(data, false)
 }
 
-fn read(data: &Path, closed: bool) -> BTreeMap<Key, Want> {
-    let reader = Reader::open(data).unwrap();
+/// A data directory with its SQLite, or any store.
+pub(crate) trait At {
+    fn location(&self) -> Location;
+}
+
+impl<P: AsRef<Path>> At for P {
+    fn location(&self) -> Location {
+        Location::Sqlite(self.as_ref().to_owned())
+    }
+}
+
+impl At for Place {
+    fn location(&self) -> Location {
+        self.location.clone()
+    }
+}
+
+fn read(data: &impl At, closed: bool) -> BTreeMap<Key, Want> {
+    let reader = data.location().reader().unwrap();
     let mut all = BTreeMap::new();
     for (scope, key) in reader.series().unwrap() {
         for window in Window::ALL {
@@ -128,7 +146,7 @@ fn read(data: &Path, closed: bool) -> BTreeMap<Key, Want> {
 }
 
 #[track_caller]
-pub(crate) fn assert_same(data: &Path, posts: &[Given]) {
+pub(crate) fn assert_same(data: &impl At, posts: &[Given]) {
     compare(&found(data), &expect(posts));
 }
 

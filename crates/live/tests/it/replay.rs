@@ -1,43 +1,47 @@
 //! Files in, windows out.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use arrow_array::{ArrayRef, RecordBatch, StringArray, TimestampMillisecondArray};
+
 use cashtag_live::sources::Source;
 use cashtag_live::sources::file::{Replay, Speed};
-use cashtag_live::store::Reader;
+use parquet::arrow::ArrowWriter;
 
-use crate::oracle::{assert_same, lines, stream};
+use crate::oracle::{Given, assert_same, lines, stream};
+use crate::place::{Place, on_both};
 use crate::rig::{options, run_to_end, write};
 
 fn replay(path: std::path::PathBuf) -> Vec<Box<dyn Source>> {
     vec![Box::new(Replay::file(path, Speed::Fastest))]
 }
 
-#[test]
-fn windows_of_a_file_are_what_the_file_says() {
-    let dir = tempfile::tempdir().unwrap();
+on_both!(
+    windows_of_a_file_are_what_the_file_says,
+    a_file_that_grew_goes_on_behind_what_was_read,
+    lines_that_are_none_become_dead_letters_and_the_rest_counts,
+);
+
+fn windows_of_a_file_are_what_the_file_says(place: &Place) {
     let posts = stream(3_000, 1);
-    let path = write(dir.path(), "day.jsonl", &lines(&posts));
-    let data = dir.path().join("data");
-    run_to_end(options(&data), replay(path.clone())).unwrap();
-    assert_same(&data, &posts);
+    let path = write(place.dir.path(), "day.jsonl", &lines(&posts));
+    run_to_end(place.options(), replay(path.clone())).unwrap();
+    assert_same(place, &posts);
     // The same again, and the same file under another name: nothing is counted twice, and other ids are other posts.
-    run_to_end(options(&data), replay(path)).unwrap();
-    assert_same(&data, &posts);
+    run_to_end(place.options(), replay(path)).unwrap();
+    assert_same(place, &posts);
 }
 
-#[test]
-fn a_file_that_grew_goes_on_behind_what_was_read() {
-    let dir = tempfile::tempdir().unwrap();
+fn a_file_that_grew_goes_on_behind_what_was_read(place: &Place) {
     let posts = stream(2_000, 2);
-    let data = dir.path().join("data");
     for part in [500, 501, 2_000] {
-        let path = write(dir.path(), "grows.jsonl", &lines(&posts[..part]));
-        let summary = run_to_end(options(&data), replay(path)).unwrap();
+        let path = write(place.dir.path(), "grows.jsonl", &lines(&posts[..part]));
+        let summary = run_to_end(place.options(), replay(path)).unwrap();
         assert!(summary.sources["grows"].posts_total <= 1_499);
     }
-    assert_same(&data, &posts);
+    assert_same(place, &posts);
 }
 
 #[test]
@@ -51,11 +55,29 @@ fn csv_and_parquet_are_read_like_json() {
     let data = dir.path().join("data");
     run_to_end(options(&data), replay(write(dir.path(), "day.csv", &csv))).unwrap();
     assert_same(&data, &posts);
+    // Times as Parquet has them, and as text.
+    let text = |of: fn(&Given) -> String| -> ArrayRef { Arc::new(StringArray::from_iter_values(posts.iter().map(of))) };
+    let times = TimestampMillisecondArray::from_iter_values(posts.iter().map(|p| p.time)).with_timezone("UTC");
+    for (name, time) in [("day", Arc::new(times) as ArrayRef), ("texts", text(|p| cashtag_live::time::rfc3339(p.time)))]
+    {
+        let batch = RecordBatch::try_from_iter([
+            ("id", text(|p| p.id.clone())),
+            ("author", text(|p| p.author.clone())),
+            ("created_at", time),
+            ("text", text(|p| p.text.clone())),
+        ])
+        .unwrap();
+        let path = dir.path().join(format!("{name}.parquet"));
+        let mut writer = ArrowWriter::try_new(std::fs::File::create(&path).unwrap(), batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        let data = dir.path().join(name);
+        run_to_end(options(&data), replay(path)).unwrap();
+        assert_same(&data, &posts);
+    }
 }
 
-#[test]
-fn lines_that_are_none_become_dead_letters_and_the_rest_counts() {
-    let dir = tempfile::tempdir().unwrap();
+fn lines_that_are_none_become_dead_letters_and_the_rest_counts(place: &Place) {
     let posts = stream(50, 4);
     let mut text = lines(&posts[..25]);
     text += "{\"id\": 1, \"text\": \n\n[]\n{\"id\": 2}\n{\"text\": \"$AAA x\", \"created_at\": \"soon\"}\n\u{0}\n";
@@ -63,10 +85,9 @@ fn lines_that_are_none_become_dead_letters_and_the_rest_counts() {
     text += &lines(&posts[25..]);
     // What the model cannot take is set aside, alone.
     text += "{\"id\": \"bad\", \"author\": \"z\", \"created_at\": 1764320400000, \"text\": \"$AAA poison\"}\n";
-    let data = dir.path().join("data");
-    run_to_end(options(&data), replay(write(dir.path(), "day.jsonl", &text))).unwrap();
-    assert_same(&data, &posts);
-    let letters = Reader::open(&data).unwrap().dead_letters(100).unwrap();
+    run_to_end(place.options(), replay(write(place.dir.path(), "day.jsonl", &text))).unwrap();
+    assert_same(place, &posts);
+    let letters = place.location.reader().unwrap().dead_letters(100).unwrap();
     let reasons: Vec<&str> = letters.iter().rev().map(|l| l["reason"].as_str().unwrap()).collect();
     assert_eq!(reasons.len(), 7, "{reasons:#?}");
     for (number, what) in

@@ -204,6 +204,30 @@ fn misbehave(number: usize, socket: &mut TcpStream) {
     }
 }
 
+/// First a line without an end, then more at once than anybody reads in time.
+fn flood(number: usize, socket: &mut TcpStream) {
+    let _ = socket.write_all(HEAD);
+    match number {
+        0 => (0..40).for_each(|_| chunk(socket, &"x".repeat(100_000))),
+        1 => {
+            (0..5_000).for_each(|n| chunk(socket, &line(n, json!({}))));
+            std::thread::sleep(Duration::from_secs(3_600));
+        }
+        _ => std::thread::sleep(Duration::from_secs(3_600)),
+    }
+}
+
+#[test]
+fn floods_are_taken_whole_and_endless_lines_are_not_kept() {
+    let server = start(flood, no_search);
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(&server, dir.path(), "AAA\n");
+    let rig = Rig::start(listening(&dir.path().join("data")), vec![Box::new(XStream(options))]);
+    rig.until("every post once", |r| r.scored() == 5_000);
+    let letters = rig.get("/v1/dead-letters")["items"].to_string();
+    assert!(letters.contains("a line of more than") && letters.len() < 5_000, "{letters}");
+}
+
 fn no_search(_: usize, _: &str) -> (u16, Value) {
     (404, json!({}))
 }

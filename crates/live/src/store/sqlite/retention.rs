@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rusqlite::params;
 
-use super::Store;
+use super::SqliteStore;
 use crate::error::{Error, Result};
 use crate::time::Millis;
 use crate::windows::Window;
@@ -12,13 +12,10 @@ use crate::windows::Window;
 /// Rows that one transaction removes: the pipeline waits no longer than that takes.
 const CHUNK: i64 = 5_000;
 
-impl Store {
+impl SqliteStore {
     /// Removes posts, windows, alerts and dead letters that came or last changed before `cutoff`, for at most `time`.
     /// Returns whether it was all.
-    ///
-    /// # Errors
-    /// The store cannot be written.
-    pub fn forget(&mut self, cutoff: Millis, time: Duration) -> Result<bool> {
+    pub(super) fn forget_before(&mut self, cutoff: Millis, time: Duration) -> Result<bool> {
         let began = Instant::now();
         self.forget_until(cutoff, || began.elapsed() < time).map_err(Error::store(&self.path.clone()))
     }
@@ -46,10 +43,13 @@ impl Store {
         tx.execute("DELETE FROM dead_letters WHERE at < ?1", [cutoff])?;
         tx.commit()?;
         let series: Vec<(i64, String)> = {
-            let mut all = self.db.prepare("SELECT scope, key FROM series")?;
+            let mut all = self.db.prepare("SELECT scope, key FROM series ORDER BY scope, key")?;
             all.query_map([], |r| Ok((r.get(0)?, r.get(1)?)))?.collect::<rusqlite::Result<_>>()?
         };
-        for (scope, key) in series {
+        // Behind the one that the last call ended with: with many series none is left out for ever.
+        let done = self.forgotten.take();
+        let behind = |place: &&(i64, String)| done.as_ref().is_none_or(|done| *place > done);
+        for (scope, key) in series.iter().filter(behind) {
             let tx = self.db.transaction()?;
             for window in Window::ALL {
                 for table in ["windows", "bars"] {
@@ -60,7 +60,8 @@ impl Store {
                 }
             }
             tx.commit()?;
-            if !may_go_on() {
+            if !may_go_on() && series.last().is_some_and(|last| last != &(*scope, key.clone())) {
+                self.forgotten = Some((*scope, key.clone()));
                 return Ok(false);
             }
         }

@@ -2,17 +2,16 @@
 
 use rusqlite::{OptionalExtension, params};
 
+use super::SqliteStore;
 use super::read::{post_of_row, signal_of_row};
-use super::{Checkpoint, SourceState, Store};
 use crate::error::{Error, Result};
 use crate::post::ScoredPost;
-use crate::time::{DAY, Millis};
-use crate::windows::{BASELINE_DAYS, SPARKLINE, Scope, Signal, Window};
+use crate::store::{Checkpoint, SourceState, span_of};
+use crate::time::Millis;
+use crate::windows::{Scope, Signal, Window};
 
-impl Store {
-    /// # Errors
-    /// The store cannot be read.
-    pub fn checkpoint(&self) -> Result<Option<Checkpoint>> {
+impl SqliteStore {
+    pub(super) fn read_checkpoint(&self) -> Result<Option<Checkpoint>> {
         let read = || -> rusqlite::Result<Option<Checkpoint>> {
             let value = |key: &str| {
                 self.db.query_row("SELECT value FROM meta WHERE key = ?1", [key], |r| r.get::<_, i64>(0)).optional()
@@ -33,10 +32,7 @@ impl Store {
     }
 
     /// Posts of this model from an event time on, in the order of the log, with their fingerprints.
-    ///
-    /// # Errors
-    /// The store cannot be read.
-    pub fn posts_since(&self, time: Millis, mut each: impl FnMut(ScoredPost, u64)) -> Result<()> {
+    pub(super) fn read_posts_since(&self, time: Millis, each: &mut dyn FnMut(ScoredPost, u64)) -> Result<()> {
         let mut read = || -> rusqlite::Result<()> {
             let mut statement =
                 self.db.prepare("SELECT * FROM posts WHERE event_time >= ?1 AND model = ?2 ORDER BY seq")?;
@@ -50,10 +46,7 @@ impl Store {
     }
 
     /// The signals that histories and baselines are made from again, older ones of a series first.
-    ///
-    /// # Errors
-    /// The store cannot be read.
-    pub fn recent_signals(&self, latest: Millis, mut each: impl FnMut(Signal)) -> Result<()> {
+    pub(super) fn read_recent_signals(&self, latest: Millis, each: &mut dyn FnMut(Signal)) -> Result<()> {
         let mut read = || -> rusqlite::Result<()> {
             let mut all = self.db.prepare("SELECT scope, key, name FROM series")?;
             let series: Vec<(i64, String, Option<String>)> =
@@ -65,18 +58,13 @@ impl Store {
             for (scope, key, name) in &series {
                 let Some(scope) = Scope::ALL.get(*scope as usize) else { continue };
                 for window in Window::ALL {
-                    let span = (2 * SPARKLINE as i64 * window.size()).max(if window == Window::H1 {
-                        (BASELINE_DAYS + 2) * DAY
-                    } else {
-                        0
-                    });
                     // The newest of each series is shown however old it is.
                     let newest: Option<Millis> = self
                         .db
                         .prepare_cached("SELECT max(start) FROM windows WHERE window = ?1 AND scope = ?2 AND key = ?3")?
                         .query_row(params![window as i64, *scope as i64, key], |r| r.get(0))?;
                     let Some(newest) = newest else { continue };
-                    let from = latest.saturating_sub(span).min(newest);
+                    let from = latest.saturating_sub(span_of(window)).min(newest);
                     let mut rows = windows.query(params![window as i64, *scope as i64, key, from])?;
                     while let Some(row) = rows.next()? {
                         each(signal_of_row(row, *scope, key, name.as_deref(), window)?);

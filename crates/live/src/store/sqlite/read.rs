@@ -1,36 +1,28 @@
-//! Reading the store while the pipeline writes it: each reader has a connection of its own and sees whole checkpoints.
+//! Reading while the pipeline writes: a connection of its own that only reads.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, ToSql, params};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::{Alert, DeadLetter};
 use crate::error::{Error, Result};
 use crate::post::{Post, ScoredPost};
 use crate::scorer::ModelInfo;
-use crate::time::{Millis, rfc3339};
-use crate::windows::{Scope, Signal, Values, Window};
-
-/// Which posts are asked for.
-#[derive(Clone, Debug, Default)]
-pub struct PostFilter {
-    pub ticker: Option<String>,
-    pub sector: Option<String>,
-    /// Only posts with a smaller number.
-    pub before: Option<u64>,
-    pub limit: usize,
-}
+use crate::store::{
+    Alert, Bar, DeadLetter, PostFilter, Reader, StoredPost, model_of, scope_of, stored_signal, window_of,
+};
+use crate::time::{DAY, Millis};
+use crate::windows::{Scope, Signal, Window};
 
 /// A connection that only reads.
-pub struct Reader {
-    pub(crate) db: Connection,
+pub struct SqliteReader {
+    db: Connection,
     path: PathBuf,
 }
 
-impl Reader {
+impl SqliteReader {
     /// # Errors
     /// There is no store, or it cannot be read.
     pub fn open(directory: &Path) -> Result<Self> {
@@ -45,15 +37,13 @@ impl Reader {
         Ok(Self { db, path })
     }
 
-    pub(crate) fn run<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T> {
+    fn run<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T> {
         read(&self.db).map_err(Error::store(&self.path))
     }
+}
 
-    /// Posts as `/v1/posts` shows them, newest first.
-    ///
-    /// # Errors
-    /// The store cannot be read.
-    pub fn posts(&self, filter: &PostFilter) -> Result<Vec<Value>> {
+impl Reader for SqliteReader {
+    fn posts(&self, filter: &PostFilter) -> Result<Vec<Value>> {
         let before = filter.before.map_or(i64::MAX, |b| i64::try_from(b).unwrap_or(i64::MAX));
         let limit = filter.limit as i64;
         self.run(|db| {
@@ -74,24 +64,15 @@ impl Reader {
         })
     }
 
-    /// All series that there ever were.
-    ///
-    /// # Errors
-    /// The store cannot be read.
-    pub fn series(&self) -> Result<Vec<(Scope, String)>> {
+    fn series(&self) -> Result<Vec<(Scope, String)>> {
         self.run(|db| {
             let mut statement = db.prepare_cached("SELECT scope, key FROM series ORDER BY scope, key")?;
-            let scope = |n: i64| Scope::ALL.get(n as usize).copied().unwrap_or(Scope::Ticker);
-            let rows = statement.query_map([], |r| Ok((scope(r.get(0)?), r.get(1)?)))?;
+            let rows = statement.query_map([], |r| Ok((scope_of(r.get(0)?), r.get(1)?)))?;
             rows.collect()
         })
     }
 
-    /// The windows of one series, oldest first; the newest `limit` of those in the range.
-    ///
-    /// # Errors
-    /// The store cannot be read.
-    pub fn history(
+    fn history(
         &self,
         scope: Scope,
         key: &str,
@@ -117,9 +98,7 @@ impl Reader {
         })
     }
 
-    /// # Errors
-    /// The store cannot be read.
-    pub fn alerts(&self, limit: usize) -> Result<Vec<Value>> {
+    fn alerts(&self, limit: usize) -> Result<Vec<Value>> {
         self.run(|db| {
             let mut statement = db.prepare_cached(
                 "SELECT at, rule, key, window, start, fields, text, id FROM alerts ORDER BY id DESC LIMIT ?1",
@@ -129,11 +108,7 @@ impl Reader {
         })
     }
 
-    /// Alerts that no webhook has taken yet, oldest first, with their numbers.
-    ///
-    /// # Errors
-    /// The store cannot be read.
-    pub fn undelivered(&self, limit: usize) -> Result<Vec<(i64, Alert)>> {
+    fn undelivered(&self, limit: usize) -> Result<Vec<(i64, Alert)>> {
         self.run(|db| {
             let mut statement = db.prepare_cached(
                 "SELECT at, rule, key, window, start, fields, text, id FROM alerts WHERE delivered = 0 ORDER BY id LIMIT ?1",
@@ -143,48 +118,109 @@ impl Reader {
         })
     }
 
-    /// # Errors
-    /// The store cannot be read.
-    pub fn dead_letters(&self, limit: usize) -> Result<Vec<Value>> {
+    fn dead_letters(&self, limit: usize) -> Result<Vec<Value>> {
         self.run(|db| {
             let mut statement =
                 db.prepare_cached("SELECT at, source, reason, raw FROM dead_letters ORDER BY id DESC LIMIT ?1")?;
             let rows = statement.query_map([limit as i64], |r| {
                 let letter = DeadLetter { at: r.get(0)?, source: r.get(1)?, reason: r.get(2)?, raw: r.get(3)? };
-                Ok(json!({"at": rfc3339(letter.at), "source": letter.source, "reason": letter.reason, "raw": letter.raw}))
+                Ok(letter.to_json())
             })?;
             rows.collect()
         })
     }
 
-    /// Whether the store has a post with this version of the model.
-    ///
-    /// # Errors
-    /// The store cannot be read.
-    pub fn has(&self, identity: u128, version: &str) -> Result<bool> {
-        let sql = "SELECT 1 FROM posts WHERE identity = ?1 AND model = (SELECT id FROM models WHERE version = ?2)";
-        self.run(|db| db.prepare_cached(sql)?.exists(params![identity.to_le_bytes(), version]))
+    fn known(&self, identities: &[u128], version: &str) -> Result<HashSet<u128>> {
+        self.run(|db| {
+            let model: Option<i64> = db
+                .prepare_cached("SELECT id FROM models WHERE version = ?1")?
+                .query_row([version], |r| r.get(0))
+                .optional()?;
+            model.map_or_else(|| Ok(HashSet::new()), |model| super::known(db, identities, model))
+        })
     }
 
-    /// How many dead letters there ever were.
-    ///
-    /// # Errors
-    /// The store cannot be read.
-    pub fn dead_letter_count(&self) -> Result<u64> {
+    fn dead_letter_count(&self) -> Result<u64> {
         self.run(|db| {
             let found = db.query_row("SELECT value FROM meta WHERE key = 'dead_letters'", [], |r| r.get::<_, i64>(0));
             Ok(found.optional()?.unwrap_or(0) as u64)
         })
     }
 
-    /// How many posts there are.
-    ///
-    /// # Errors
-    /// The store cannot be read.
-    pub fn post_count(&self) -> Result<u64> {
+    fn post_count(&self) -> Result<u64> {
         self.run(|db| db.query_row("SELECT count(*) FROM posts", [], |r| Ok(r.get::<_, i64>(0)? as u64)))
     }
+
+    fn models(&self) -> Result<Vec<(i64, ModelInfo)>> {
+        self.run(|db| {
+            let mut statement = db.prepare("SELECT id, info FROM models ORDER BY id")?;
+            let rows = statement.query_map([], |r| Ok((r.get(0)?, model_of(&r.get::<_, String>(1)?))))?;
+            rows.collect()
+        })
+    }
+
+    fn post_days(&self, since: Millis) -> Result<Vec<Millis>> {
+        // By the index: from the first moment to the first moment of a later day, and so on.
+        self.run(|db| {
+            let mut statement = db.prepare_cached("SELECT min(event_time) FROM posts WHERE event_time >= ?1")?;
+            let (mut days, mut from) = (Vec::new(), since);
+            while let Some(first) = statement.query_row([from], |r| r.get::<_, Option<Millis>>(0))? {
+                let day = Window::D1.start(first);
+                days.push(day);
+                from = day + DAY;
+            }
+            Ok(days)
+        })
+    }
+
+    fn posts_of_day(&self, day: Millis, after: i64, limit: usize) -> Result<Vec<StoredPost>> {
+        self.run(|db| {
+            let mut statement = db.prepare_cached(
+                "SELECT * FROM posts WHERE event_time >= ?1 AND event_time < ?2 AND seq > ?3 ORDER BY seq LIMIT ?4",
+            )?;
+            let rows = statement.query_map(params![day, day + DAY, after, limit as i64], |r| {
+                let has_text = r.get::<_, Option<String>>("text")?.is_some();
+                Ok(StoredPost { model: r.get("model")?, post: post_of_row(r)?, has_text })
+            })?;
+            rows.collect()
+        })
+    }
+
+    fn bar_days(&self, window: Window, since: Millis) -> Result<Vec<Millis>> {
+        self.run(|db| {
+            let mut statement = db.prepare(BAR_DAYS)?;
+            let rows = statement.query_map(params![window as i64, since], |r| r.get(0))?;
+            rows.collect()
+        })
+    }
+
+    fn bars_of_day(&self, window: Window, day: Millis, after: Option<&Bar>, limit: usize) -> Result<Vec<Bar>> {
+        let (scope, key, start, revision) =
+            after.map_or((-1, "", Millis::MIN, 0), |b| (b.scope as i64, &*b.key, b.start, b.revision));
+        self.run(|db| {
+            let mut statement = db.prepare_cached(
+                "SELECT scope, key, start, revision, available_at, data FROM bars WHERE window = ?1 AND start >= ?2 AND start < ?3 \
+                 AND (scope, key, start, revision) > (?4, ?5, ?6, ?7) ORDER BY scope, key, start, revision LIMIT ?8",
+            )?;
+            let place = params![window as i64, day, day + DAY, scope, key, start, revision, limit as i64];
+            let rows = statement.query_map(place, |r| {
+                Ok(Bar {
+                    scope: scope_of(r.get(0)?),
+                    key: r.get(1)?,
+                    start: r.get(2)?,
+                    revision: r.get(3)?,
+                    available_at: r.get(4)?,
+                    values: serde_json::from_str(&r.get::<_, String>(5)?).unwrap_or_default(),
+                })
+            })?;
+            rows.collect()
+        })
+    }
 }
+
+/// Days before 1970 have negative times; `%` goes towards zero.
+const BAR_DAYS: &str = "SELECT DISTINCT start - (start % 86400000 + 86400000) % 86400000 AS day FROM bars \
+                        WHERE window = ?1 AND start >= ?2 ORDER BY day";
 
 fn collect(db: &Connection, sql: &str, values: &[&dyn ToSql]) -> rusqlite::Result<Vec<Value>> {
     let mut statement = db.prepare_cached(sql)?;
@@ -196,23 +232,7 @@ fn collect(db: &Connection, sql: &str, values: &[&dyn ToSql]) -> rusqlite::Resul
     rows.collect()
 }
 
-/// The labels and hashes that a stored post was made with.
-pub(crate) fn model_of(info: &str) -> ModelInfo {
-    let info: Value = serde_json::from_str(info).unwrap_or_default();
-    let text = |key: &str| info[key].as_str().map(str::to_owned);
-    let labels = info["labels"].as_array().map(|l| l.iter().filter_map(|l| Some(l.as_str()?.to_owned())).collect());
-    ModelInfo {
-        name: text("name").unwrap_or_default(),
-        adapter: text("adapter"),
-        labels: labels.unwrap_or_default(),
-        temperature: info["temperature"].as_f64().unwrap_or(1.0) as f32,
-        model_hash: text("model").unwrap_or_default(),
-        adapter_hash: text("adapter_hash"),
-        prompt_hash: text("prompt").unwrap_or_default(),
-    }
-}
-
-pub(crate) fn post_of_row(row: &Row<'_>) -> rusqlite::Result<ScoredPost> {
+pub(super) fn post_of_row(row: &Row<'_>) -> rusqlite::Result<ScoredPost> {
     let parsed = |column: &str| row.get::<_, String>(column);
     Ok(ScoredPost {
         seq: row.get::<_, i64>("seq")? as u64,
@@ -242,27 +262,14 @@ pub(crate) fn post_of_row(row: &Row<'_>) -> rusqlite::Result<ScoredPost> {
 }
 
 /// A row of (start, revision, data).
-pub(crate) fn signal_of_row(
+pub(super) fn signal_of_row(
     row: &Row<'_>,
     scope: Scope,
     key: &str,
     name: Option<&str>,
     window: Window,
 ) -> rusqlite::Result<Signal> {
-    let start: Millis = row.get(0)?;
-    let values: Values = serde_json::from_str(&row.get::<_, String>(2)?).unwrap_or_default();
-    Ok(Signal {
-        key: Arc::from(key),
-        scope,
-        name: name.map(str::to_owned),
-        window,
-        start,
-        end: start + window.size(),
-        is_final: false,
-        revision: row.get(1)?,
-        values,
-        sparkline: Vec::new(),
-    })
+    Ok(stored_signal((scope, key, name), window, row.get(0)?, row.get(1)?, &row.get::<_, String>(2)?))
 }
 
 fn alert_of_row(row: &Row<'_>) -> rusqlite::Result<Alert> {
@@ -270,43 +277,9 @@ fn alert_of_row(row: &Row<'_>) -> rusqlite::Result<Alert> {
         at: row.get(0)?,
         rule: row.get(1)?,
         key: row.get(2)?,
-        window: Window::ALL.get(row.get::<_, i64>(3)? as usize).copied().unwrap_or(Window::M5),
+        window: window_of(row.get(3)?),
         start: row.get(4)?,
         values: serde_json::from_str(&row.get::<_, String>(5)?).unwrap_or_default(),
         text: row.get(6)?,
     })
-}
-
-/// A few readers for many requests.
-#[derive(Clone)]
-pub struct Readers {
-    directory: PathBuf,
-    idle: Arc<Mutex<Vec<Reader>>>,
-}
-
-impl Readers {
-    pub fn new(directory: &Path) -> Self {
-        Self { directory: directory.to_owned(), idle: Arc::default() }
-    }
-
-    /// Reads with an idle connection, or a new one. Blocks.
-    ///
-    /// # Errors
-    /// Whatever reading gives.
-    pub fn with<T>(&self, read: impl FnOnce(&Reader) -> Result<T>) -> Result<T> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let reader = match idle {
-            Some(reader) => reader,
-            None => Reader::open(&self.directory)?,
-        };
-        let outcome = read(&reader);
-        // A connection that failed is not used again.
-        if outcome.is_ok() {
-            let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-            if idle.len() < 8 {
-                idle.push(reader);
-            }
-        }
-        outcome
-    }
 }
