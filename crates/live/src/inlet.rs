@@ -16,8 +16,8 @@ use crate::time;
 const REMEMBERED: usize = 200_000;
 /// Dead letters that wait for the next checkpoint.
 const MAX_WAITING: usize = 10_000;
-/// Posts in the log that are not scored yet, at which a replay waits.
-const REPLAY_BACKLOG: u64 = 20_000;
+/// Posts in the log that are not in the store yet, at which a replay waits: more than two checkpoints take.
+const REPLAY_BACKLOG: u64 = 50_000;
 
 /// What became of a delivery.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -25,6 +25,11 @@ use crate::time::Millis;
 
 /// Posts that are out for scoring at a time.
 const ROOM: usize = 4_096;
+/// They take at most this part of a stream. A stream that is full of later texts, or of answers to them, would keep out the one
+/// that all wait for.
+const PART: u64 = 4;
+/// Bytes that a short text or an answer takes, with its subject and headers.
+const AROUND: usize = 512;
 /// Bytes of posts in one message; the server takes a megabyte.
 const CHUNK_BYTES: usize = 400_000;
 /// A text that was not answered for so long is sent again, if no scorer has it.
@@ -103,6 +108,8 @@ pub(crate) struct Front {
     outbox: mpsc::UnboundedSender<(u64, Outgoing)>,
     common: Arc<Common>,
     pending: VecDeque<Pending>,
+    /// What those take in the stream, about.
+    pending_bytes: u64,
     partitions: Vec<Partition>,
     /// Answers from before a restart, to posts that are not asked for yet.
     early: BTreeMap<u64, (u64, Outcome)>,
@@ -113,6 +120,7 @@ pub(crate) struct Front {
     chunks: u64,
     replies: Vec<Subject>,
     looked: Instant,
+    cleared: Instant,
     shown: Instant,
 }
 
@@ -158,6 +166,7 @@ impl Front {
             outbox,
             common,
             pending: VecDeque::new(),
+            pending_bytes: 0,
             partitions,
             early: BTreeMap::new(),
             asked: 0,
@@ -165,6 +174,7 @@ impl Front {
             chunks: 0,
             replies: Vec::new(),
             looked: Instant::now(),
+            cleared: Instant::now(),
             shown: Instant::now() - LOOK,
         })
     }
@@ -180,7 +190,11 @@ impl Front {
 
     /// How many more texts may go out.
     pub(crate) fn room(&self) -> usize {
-        ROOM.saturating_sub(self.pending.len())
+        let most = u64::try_from(self.options.max_bytes).unwrap_or(0) / PART;
+        let bytes = most.saturating_sub(self.pending_bytes) / (2 * AROUND) as u64;
+        // One can always go out.
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX).max(usize::from(self.pending.is_empty()));
+        ROOM.saturating_sub(self.pending.len()).min(bytes)
     }
 
     pub(crate) fn pending(&self) -> impl Iterator<Item = &Post> {
@@ -197,6 +211,7 @@ impl Front {
         self.asked = seq + 1;
         let answer = self.early.remove(&seq);
         self.early = self.early.split_off(&self.asked);
+        self.pending_bytes += bytes_of(&post);
         let pending = Pending { seq, post, asked: Instant::now(), attempt: 0, at: None, answer };
         if pending.answer.is_none() {
             self.send(&pending);
@@ -283,6 +298,7 @@ impl Front {
     pub(crate) fn next_scored(&mut self) -> Option<(u64, Post, Outcome)> {
         let (_, answer) = self.pending.front_mut()?.answer.take()?;
         let pending = self.pending.pop_front()?;
+        self.pending_bytes = self.pending_bytes.saturating_sub(bytes_of(&pending.post));
         Some((pending.seq, pending.post, answer))
     }
 
@@ -411,8 +427,7 @@ impl Front {
         // What is still out is not in the store.
         let early = self.early.values().map(|e| e.0);
         let answers = self.pending.iter().filter_map(|p| p.answer.as_ref()).map(|a| a.0).chain(early).min();
-        let tasks = self.pending.iter().filter(|p| p.answer.is_none()).filter_map(|p| p.at).min();
-        let (tasks, answers) = (tasks.unwrap_or(self.newest.0 + 1), answers.unwrap_or(self.newest.1 + 1));
+        let answers = answers.unwrap_or(self.newest.1 + 1);
         let bus = self.bus.clone();
         let due = self.looked.elapsed() > LOOK / 2;
         if due {
@@ -425,9 +440,19 @@ impl Front {
             }
             if due {
                 bus.purge(Kind::Scored, None, answers).await;
-                bus.purge(Kind::Tasks, None, tasks).await;
             }
         });
+    }
+
+    /// Texts that were answered may go from their stream: the answers are in theirs until they are in the store.
+    pub(crate) fn clear_tasks(&mut self) {
+        if self.cleared.elapsed() < LOOK / 2 {
+            return;
+        }
+        self.cleared = Instant::now();
+        let tasks = self.pending.iter().filter(|p| p.answer.is_none()).filter_map(|p| p.at).min();
+        let (bus, below) = (self.bus.clone(), tasks.unwrap_or(self.newest.0 + 1));
+        self.handle.spawn(async move { bus.purge(Kind::Tasks, None, below).await });
     }
 
     /// Sums that could not be taken are not answered: their owners tell them again.
@@ -469,6 +494,10 @@ impl Front {
             "workers": members.to_json(now), "partitions": partitions,
         }))
     }
+}
+
+fn bytes_of(post: &Post) -> u64 {
+    (post.text.len() + AROUND) as u64
 }
 
 fn find(pending: &mut VecDeque<Pending>, seq: u64) -> Option<&mut Pending> {

@@ -36,6 +36,9 @@ use crate::windows::Windows;
 
 /// Posts after which a checkpoint is written even if it is early.
 const MAX_UNWRITTEN: usize = 20_000;
+/// With so many posts waiting nobody sees the newest anyway. Checkpoints are then four times as far apart: a page of an index
+/// that several posts change is written once.
+const FAR_BEHIND: u64 = 5_000;
 /// A live source that has said nothing for so long does not hold the watermark.
 const IDLE: Millis = 30 * SECOND;
 /// With live sources only, the watermark follows the clock at this distance.
@@ -113,7 +116,8 @@ impl Pipeline<'_> {
                 }
             }
             let caught_up = self.position() >= self.log.end();
-            let due = self.written_at.elapsed() >= self.options.checkpoint_every;
+            let behind = self.log.end().saturating_sub(self.position()) > FAR_BEHIND;
+            let due = self.written_at.elapsed() >= self.options.checkpoint_every * if behind { 4 } else { 1 };
             if self.batch.posts.len() >= MAX_UNWRITTEN || (due && self.has_news()) {
                 self.checkpoint()?;
             }

@@ -73,6 +73,7 @@ impl Pipeline<'_> {
         if let Some(status) = spread.front.status() {
             *self.shared.bus.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = status;
         }
+        spread.front.clear_tasks();
         let readers = self.shared.readers.clone();
         let stored = |scope: Scope, key: &str, window: Window, start: Millis| -> Result<Option<(u32, u64)>> {
             let found: Vec<Signal> = readers.with(|r| r.history(scope, key, window, (start, start), 1))?;
