@@ -20,6 +20,7 @@ fn every_value_with_its_source() {
     precision = "auto"                            # default
     threads = 0                                   # default
     resident = "auto"                             # default
+    bnb_4bit_use_double_quant = false             # default
     random_weights = "none"                       # default
     tokenizer = "none"                            # default
     adapter = "none"                              # default
