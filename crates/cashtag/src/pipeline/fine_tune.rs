@@ -53,7 +53,7 @@ pub(crate) fn open(flags: &Flags) -> anyhow::Result<(Settings, Opened)> {
     if let Some(trained) = &opened.trained {
         followed.extend(follow_prompt(&mut settings, trained)?);
     }
-    if opened.adapter.is_none() && settings.model.name == hub::EMBEDDED {
+    if opened.adapter.is_none() && settings.model.name == hub::EMBEDDED && settings.model.random_weights.is_none() {
         narrow_quick_run(&mut settings);
     }
     let source = Source::Follows(if opened.adapter.is_some() { "model.adapter" } else { "model.name" });
