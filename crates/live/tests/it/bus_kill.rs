@@ -4,7 +4,6 @@
 //! `CASHTAG_LIVE_KILLS=100` kills more often.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -18,7 +17,7 @@ use crate::bus::is_done;
 use crate::kill::{patient, send};
 use crate::nats::Nats;
 use crate::oracle::{assert_same, compare, expect, found, lines, stream};
-use crate::rig::{Pure, Rig, listening, write};
+use crate::rig::{Pure, Rig, announced, listening, write};
 
 fn told(name: &str) -> Option<String> {
     std::env::var(name).ok()
@@ -81,26 +80,14 @@ struct Process {
 
 impl Process {
     fn start(test: &str, environment: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let child = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", test, "--nocapture"])
             .envs(environment.iter().copied())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut reader = BufReader::new(child.stdout.take().unwrap());
-        // A process that hangs is ended by its reader's end.
-        let (tell, heard) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            let mut line = String::new();
-            while reader.read_line(&mut line).is_ok_and(|n| n > 0) {
-                if let Some(rest) = line.trim().strip_prefix("listening") {
-                    let _ = tell.send(rest.trim().to_owned());
-                }
-                line.clear();
-            }
-        });
         let mut process = Self { child, url: String::new() };
-        process.url = heard.recv_timeout(Duration::from_secs(30)).expect("the process starts");
+        process.url = announced(&mut process.child);
         process
     }
 

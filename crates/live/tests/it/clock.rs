@@ -1,6 +1,5 @@
 //! A machine whose clock jumps: the process's own view of the time of day is moved by a library before libc.
 
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -8,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::rig::{Pure, listening};
+use crate::rig::{Pure, announced, listening};
 
 /// `clock_gettime` of the time of day, moved by the seconds in a file; the steady clock is not touched, as on a real machine.
 const SHIM: &str = r#"
@@ -63,15 +62,7 @@ impl Moved {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut reader = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        let url = loop {
-            line.clear();
-            assert!(reader.read_line(&mut line).unwrap() > 0, "it ended before it listened");
-            if let Some(url) = line.trim().strip_prefix("listening ") {
-                break url.to_owned();
-            }
-        };
+        let url = announced(&mut child);
         Self { child, url, offset }
     }
 

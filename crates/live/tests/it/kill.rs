@@ -4,7 +4,6 @@
 //! directory, posts from a file and over HTTP at once. The oracle knows the input only. `CASHTAG_LIVE_KILLS=100` kills more
 //! often. With PostgreSQL the server crashes now and then, too.
 
-use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,7 @@ use serde_json::Value;
 use crate::oracle::{Given, compare, expect, found, lines, stream};
 use crate::pg::Server;
 use crate::place::Place;
-use crate::rig::{Pure, listening, run_to_end};
+use crate::rig::{Pure, announced, listening, run_to_end};
 
 /// The process that is killed. Its directory comes by the environment.
 #[test]
@@ -58,15 +57,7 @@ impl Process {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut reader = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        let url = loop {
-            line.clear();
-            assert!(reader.read_line(&mut line).unwrap() > 0, "it ended before it listened");
-            if let Some(url) = line.trim().strip_prefix("listening ") {
-                break url.to_owned();
-            }
-        };
+        let url = announced(&mut child);
         Self { child, url }
     }
 

@@ -1,6 +1,8 @@
 //! Runs the pipeline in a thread, with a model that is a function of the text.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
@@ -101,6 +103,23 @@ pub(crate) fn options(data: &Path) -> LiveOptions {
 pub(crate) fn listening(data: &Path) -> LiveOptions {
     let listen = Listen { port: 0, ..Listen::default() };
     LiveOptions { http: Some(Config { listen, ..Config::default() }), ..options(data) }
+}
+
+/// What a process of a test says behind `listening`: its address, if it has one. Its output is read to the end.
+pub(crate) fn announced(child: &mut Child) -> String {
+    let mut reader = BufReader::new(child.stdout.take().unwrap());
+    // A process that hangs is ended by its reader's end.
+    let (tell, heard) = channel();
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        while reader.read_line(&mut line).is_ok_and(|n| n > 0) {
+            if let Some(rest) = line.trim().strip_prefix("listening") {
+                let _ = tell.send(rest.trim().to_owned());
+            }
+            line.clear();
+        }
+    });
+    heard.recv_timeout(Duration::from_secs(30)).expect("it ended before it listened, or does not listen")
 }
 
 /// Runs to the end of its sources.

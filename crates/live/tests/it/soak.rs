@@ -3,7 +3,7 @@
 //! `CASHTAG_LIVE_SOAK=3600 CASHTAG_LIVE_RATE=100` make it an hour at 100 posts a second; without them it is a few seconds as
 //! fast as it goes, in which only the counting is checked.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use cashtag_live::post::Incoming;
 use cashtag_live::sources::{Running, Source};
 use cashtag_live::time::{self, MINUTE};
 
-use crate::rig::{Pure, listening};
+use crate::rig::{Pure, announced, listening};
 
 /// Posts of now about so many tickers, so many a second (or as many as are taken), until the process stops.
 pub(crate) struct Hose {
@@ -134,15 +134,7 @@ fn memory_stays_where_it_is() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut reader = BufReader::new(child.stdout.take().unwrap());
-    let mut line = String::new();
-    let url = loop {
-        line.clear();
-        assert!(reader.read_line(&mut line).unwrap() > 0, "it ended before it listened");
-        if let Some(url) = line.trim().strip_prefix("listening ") {
-            break url.to_owned();
-        }
-    };
+    let url = announced(&mut child);
     // Two readers, one of which never reads on: neither may hold anything up or be kept waiting for in memory.
     let watch = |path: &str| {
         let mut socket = TcpStream::connect(url.trim_start_matches("http://")).unwrap();
