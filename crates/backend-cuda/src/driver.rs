@@ -7,6 +7,7 @@ use cashtag_backend::{Error, Result};
 use cudarc::driver::{DriverError, result, sys};
 
 use crate::libraries::{self, describe};
+use crate::profile::Profile;
 
 /// Facts about a card that kernels and planning need.
 #[derive(Clone, Debug)]
@@ -28,6 +29,7 @@ pub(crate) struct Device {
     device: sys::CUdevice,
     /// Stream-ordered allocation; without it (some virtual GPUs) plain allocations.
     pub(crate) pool: Option<sys::CUmemoryPool>,
+    pub(crate) profile: Profile,
 }
 
 // SAFETY: the driver's API may be called from any thread once the context is current there (see `bind`), and handles are plain
@@ -93,7 +95,7 @@ impl Device {
                     None
                 }
             };
-            Ok(Self { ordinal, facts, context, stream, device, pool })
+            Ok(Self { ordinal, facts, context, stream, device, pool, profile: Profile::default() })
         };
         make().map(Arc::new).map_err(|e| fail(describe(e)))
     }
@@ -140,6 +142,7 @@ impl Drop for Device {
         // SAFETY: nothing holds the device any more; errors at the end of a process are of no use to anyone.
         unsafe {
             let _ = result::ctx::set_current(self.context);
+            self.profile.release();
             let _ = result::stream::synchronize(self.stream);
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
@@ -190,7 +193,10 @@ impl Drop for Event {
 
 /// A kernel of a loaded module.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Function(pub(crate) sys::CUfunction);
+pub(crate) struct Function {
+    pub(crate) raw: sys::CUfunction,
+    pub(crate) name: &'static str,
+}
 
 // SAFETY: a handle of the driver; modules are never unloaded while their device lives.
 unsafe impl Send for Function {}
@@ -240,17 +246,24 @@ impl<'a> Launch<'a> {
         for (pointer, slot) in pointers.iter_mut().zip(&mut self.slots) {
             *pointer = slot.as_mut_ptr().cast();
         }
-        // SAFETY: by the caller's contract.
-        let launched = unsafe {
-            result::launch_kernel(
-                self.function.0,
-                grid,
-                (block, 1, 1),
-                shared,
-                self.device.stream,
-                &mut pointers[..self.count],
-            )
+        let (device, function) = (self.device, self.function);
+        let mut queue = || {
+            // SAFETY: by the caller's contract.
+            let launched = unsafe {
+                result::launch_kernel(
+                    function.raw,
+                    grid,
+                    (block, 1, 1),
+                    shared,
+                    device.stream,
+                    &mut pointers[..self.count],
+                )
+            };
+            device.check(launched)
         };
-        self.device.check(launched)
+        if device.profile.is_on() {
+            return device.profile.around(device, function.name.into(), queue);
+        }
+        queue()
     }
 }

@@ -38,6 +38,18 @@ struct Geometry {
     result: Dtype,
 }
 
+impl Geometry {
+    /// What a profile calls it: without the rows of the batch, which differ from step to step.
+    fn name(&self) -> String {
+        let Geometry { form, m, n, k, .. } = self;
+        match form {
+            Form::Nt => format!("product x·wᵀ {k} → {n}"),
+            Form::Nn => format!("product x·w {k} → {n}"),
+            Form::Tn => format!("product xᵀ·y {m} × {n}"),
+        }
+    }
+}
+
 struct Plan {
     operation: sys::cublasLtMatmulDesc_t,
     /// Of cuBLASLt's A, B, C and D, which are our b, a, what is added, and c.
@@ -137,29 +149,36 @@ impl Gemm {
             Entry::Occupied(e) => e.into_mut(),
             Entry::Vacant(e) => e.insert(self.plan(geometry).map_err(|e| self.refused(geometry, e))?),
         };
-        // SAFETY: the views were checked against their buffers, the plan was made for this geometry, and the workspace is used by this
-        // stream alone.
-        unsafe {
-            lt::matmul(
-                self.handle,
-                plan.operation,
-                (&raw const alpha).cast(),
-                (&raw const beta).cast(),
-                b.ptr as *const c_void,
-                plan.layouts[0],
-                a.ptr as *const c_void,
-                plan.layouts[1],
-                added.ptr as *const c_void,
-                plan.layouts[2],
-                c.ptr as *mut c_void,
-                plan.layouts[3],
-                &plan.algorithm,
-                workspace.ptr() as *mut c_void,
-                plan.workspace,
-                self.device.stream.cast(),
-            )
+        let (device, handle) = (&self.device, self.handle);
+        let queue = || {
+            // SAFETY: the views were checked against their buffers, the plan was made for this geometry, and the workspace is used by
+            // this stream alone.
+            unsafe {
+                lt::matmul(
+                    handle,
+                    plan.operation,
+                    (&raw const alpha).cast(),
+                    (&raw const beta).cast(),
+                    b.ptr as *const c_void,
+                    plan.layouts[0],
+                    a.ptr as *const c_void,
+                    plan.layouts[1],
+                    added.ptr as *const c_void,
+                    plan.layouts[2],
+                    c.ptr as *mut c_void,
+                    plan.layouts[3],
+                    &plan.algorithm,
+                    workspace.ptr() as *mut c_void,
+                    plan.workspace,
+                    device.stream.cast(),
+                )
+            }
+            .map_err(|e| self.refused(geometry, e))
+        };
+        if device.profile.is_on() {
+            return device.profile.around(device, geometry.name().into(), queue);
         }
-        .map_err(|e| self.refused(geometry, e))
+        queue()
     }
 
     fn refused(&self, g: Geometry, e: lt::CublasError) -> Error {

@@ -335,8 +335,9 @@ impl Kernels {
             // SAFETY: the function is valid.
             self.device.check(unsafe { result::function::set_function_attribute(raw, attribute, most) })?;
         }
-        self.functions.write().unwrap_or_else(PoisonError::into_inner).insert((variant, name), Function(raw));
-        Ok(Function(raw))
+        let function = Function { raw, name };
+        self.functions.write().unwrap_or_else(PoisonError::into_inner).insert((variant, name), function);
+        Ok(function)
     }
 
     fn load(&self, variant: Variant) -> Result<driver::CUmodule> {

@@ -25,6 +25,7 @@ mod linear;
 mod lora;
 mod memory;
 mod probe;
+mod profile;
 mod rows;
 mod timer;
 mod weights;
@@ -35,8 +36,8 @@ use std::sync::{Arc, Mutex};
 
 use cashtag_backend::dry::DryRules;
 use cashtag_backend::{
-    AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, Mat, MatMut, Moments8, Result, Rope,
-    WeightSource,
+    AdamW, AttentionLayout, Backend, Capabilities, CrossEntropy, Dropout, Dtype, KernelTime, Mat, MatMut, Moments8,
+    Result, Rope, WeightSource,
 };
 use half::{bf16, f16};
 
@@ -346,6 +347,15 @@ impl Backend for CudaBackend {
 
     fn memory(&self) -> (u64, u64) {
         self.core.allocator.count.read()
+    }
+
+    fn start_profile(&self) -> bool {
+        self.core.device.profile.start();
+        true
+    }
+
+    fn stop_profile(&self) -> Result<Vec<KernelTime>> {
+        self.core.device.profile.stop(&self.core.device)
     }
 
     fn fill_zero(&self, buffer: &mut CudaBuffer) -> Result<()> {

@@ -110,6 +110,14 @@ impl<B> Clone for CrossEntropy<'_, B> {
 }
 impl<B> Copy for CrossEntropy<'_, B> {}
 
+/// What one kernel took on the device, over all its launches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KernelTime {
+    pub name: String,
+    pub launches: u64,
+    pub milliseconds: f64,
+}
+
 /// A device that can run a Llama block forward and backward.
 ///
 /// Methods take `&self`: a backend is shared by the threads of a service. Views whose dtype or shape do not fit a contract
@@ -148,6 +156,15 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Bytes of device memory now held, and the most ever held, by buffers and weights of this backend.
     fn memory(&self) -> (u64, u64);
+
+    /// Begins to measure each kernel; `false` if the device cannot.
+    fn start_profile(&self) -> bool {
+        false
+    }
+    /// The time of each kernel since the start, the longest first; measures no more. Waits for what was queued.
+    fn stop_profile(&self) -> Result<Vec<KernelTime>> {
+        Ok(Vec::new())
+    }
 
     // --- element-wise ------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ mod mat;
 pub mod philox;
 mod weights;
 
-pub use backend::{AdamW, BLOCK_8BIT, Backend, Capabilities, CrossEntropy, Dropout, Moments8, Rope};
+pub use backend::{AdamW, BLOCK_8BIT, Backend, Capabilities, CrossEntropy, Dropout, KernelTime, Moments8, Rope};
 pub use dtype::Dtype;
 pub use layout::{AttentionLayout, LayoutError, Segment, Span};
 pub use mat::{Mat, MatMut};

@@ -3,6 +3,7 @@
 pub mod adapter;
 pub mod chat;
 pub mod checkpoint;
+pub mod combine;
 pub mod config;
 pub mod error;
 pub mod export;

@@ -40,6 +40,9 @@ pub(crate) struct Args {
     /// Read the system message from this file
     #[arg(long, value_name = "FILE")]
     system_file: Option<PathBuf>,
+    /// Show what each kernel takes (on a GPU; the figures above it are a little lower with it)
+    #[arg(long)]
+    profile: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -71,6 +74,46 @@ struct Figures {
     peak_memory_bytes: u64,
     /// Most bytes that buffers and weights held on the device.
     peak_device_bytes: u64,
+    /// Kernels, the longest first, with what is left of the time: the card waiting for work.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    profile: Option<Vec<Share>>,
+}
+
+/// What one kernel took of the time that was measured.
+#[derive(Debug, Serialize)]
+struct Share {
+    kernel: String,
+    launches: u64,
+    milliseconds: f64,
+    percent: f64,
+}
+
+/// Begins a profile if one is asked for.
+fn start_profile<B: Backend>(backend: &B, asked: bool) -> anyhow::Result<()> {
+    if asked && !backend.start_profile() {
+        bail!(exit::Usage(
+            "--profile measures the kernels of a GPU, this device has none\n  hint: --device cuda".into()
+        ));
+    }
+    Ok(())
+}
+
+/// The shares of a profile over `seconds`.
+fn shares<B: Backend>(backend: &B, asked: bool, seconds: f64) -> anyhow::Result<Option<Vec<Share>>> {
+    if !asked {
+        return Ok(None);
+    }
+    let share = |kernel, launches, milliseconds: f64| Share {
+        kernel,
+        launches,
+        milliseconds,
+        percent: milliseconds / seconds / 10.0,
+    };
+    let times = backend.stop_profile()?;
+    let idle = 1e3 * seconds - times.iter().map(|t| t.milliseconds).sum::<f64>();
+    let mut shares: Vec<Share> = times.into_iter().map(|t| share(t.name, t.launches, t.milliseconds)).collect();
+    shares.push(share("(copies, waiting for launches)".into(), 0, idle.max(0.0)));
+    Ok(Some(shares))
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
@@ -111,8 +154,8 @@ impl Job for Bench<'_> {
         let texts = data::labelled(&examples, &labels)?;
         let model = engine::load(&backend, &opened.checkpoint)?;
         let mut figures = match args.what {
-            What::Train => train(&backend, &model, &opened.format, s, &texts, args.seconds)?,
-            What::Classify => classify(&backend, &model, &opened, s, &texts, args.seconds)?,
+            What::Train => train(&backend, &model, &opened.format, s, &texts, args)?,
+            What::Classify => classify(&backend, &model, &opened, s, &texts, args)?,
         };
         figures.model = opened.checkpoint.describe();
         figures.device = backend.capabilities().description;
@@ -128,7 +171,7 @@ fn train<B: Backend>(
     format: &PromptFormat,
     s: &Settings,
     texts: &[LabelledText],
-    seconds: f64,
+    args: &Args,
 ) -> anyhow::Result<Figures> {
     let a = training::arguments(s);
     let examples = training::tokenize(s, format, texts)?;
@@ -186,13 +229,15 @@ fn train<B: Backend>(
             // The first step warms caches up and is not counted.
             (rows, tokens, pairs, head_rows) = (0, 0, 0, 0);
             backend.synchronize()?;
+            start_profile(backend, args.profile)?;
             started = Instant::now();
-        } else if started.elapsed().as_secs_f64() > seconds {
+        } else if started.elapsed().as_secs_f64() > args.seconds {
             break;
         }
     }
     backend.synchronize()?;
     let time = started.elapsed().as_secs_f64();
+    let profile = shares(backend, args.profile, time)?;
     let (steps, c) = (step - 1, model.config());
     let done = steps * a.examples_per_step();
     // Frozen layers: forward and the gradient of the input; factors: forward and two gradients; attention: 2 and 5 products.
@@ -215,6 +260,7 @@ fn train<B: Backend>(
         latency_milliseconds: None,
         peak_memory_bytes: 0,
         peak_device_bytes: 0,
+        profile,
     })
 }
 
@@ -224,7 +270,7 @@ fn classify<B: Backend>(
     opened: &Opened,
     s: &Settings,
     texts: &[LabelledText],
-    seconds: f64,
+    args: &Args,
 ) -> anyhow::Result<Figures> {
     let lora = engine::load_lora(backend, model, opened.adapter.as_ref())?;
     let format = &opened.format;
@@ -233,6 +279,7 @@ fn classify<B: Backend>(
     const CHUNK: usize = 64;
     classifier.classify(&strings[..CHUNK.min(strings.len())])?;
     let (mut done, mut tokens, mut rows, mut calls) = (0, 0, 0, 0);
+    start_profile(backend, args.profile)?;
     let started = Instant::now();
     'all: loop {
         for chunk in strings.chunks(CHUNK) {
@@ -245,12 +292,13 @@ fn classify<B: Backend>(
                 tokens += prompt.len();
                 rows += prompt.len() - format.prefix().len().min(prompt.len());
             }
-            if started.elapsed().as_secs_f64() > seconds {
+            if started.elapsed().as_secs_f64() > args.seconds {
                 break 'all;
             }
         }
     }
     let time = started.elapsed().as_secs_f64();
+    let profile = shares(backend, args.profile, time)?;
     let mut alone: Vec<f64> = strings
         .iter()
         .cycle()
@@ -280,6 +328,7 @@ fn classify<B: Backend>(
         latency_milliseconds: Some(alone[alone.len() / 2]),
         peak_memory_bytes: 0,
         peak_device_bytes: 0,
+        profile,
     })
 }
 
@@ -308,6 +357,18 @@ fn table(f: &Figures) -> String {
     let mut text = format!("{what} · {} · {}\n", f.model, f.device);
     for (name, value) in rows {
         text += &format!("  {name:<24}{value:>14}\n");
+    }
+    const MOST_KERNELS: usize = 30;
+    if let Some(shares) = &f.profile {
+        text += &format!("\n  {:<34}{:>10}{:>12}{:>8}\n", "kernel", "launches", "ms", "%");
+        let (last, kernels) = shares.split_last().map_or((None, &[][..]), |(last, rest)| (Some(last), rest));
+        let rest: f64 = kernels.iter().skip(MOST_KERNELS).map(|s| s.percent).sum();
+        for s in kernels.iter().take(MOST_KERNELS).chain(last) {
+            text += &format!("  {:<34}{:>10}{:>12.1}{:>8.2}\n", s.kernel, s.launches, s.milliseconds, s.percent);
+        }
+        if kernels.len() > MOST_KERNELS {
+            text += &format!("  {:<34}{:>30.2}\n", format!("({} more kernels)", kernels.len() - MOST_KERNELS), rest);
+        }
     }
     text
 }

@@ -5,6 +5,7 @@
 
 mod bench;
 mod chat;
+mod combine;
 mod complete;
 mod config;
 mod corpus;
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Complete(complete::Args),
     /// Score a stream of posts and turn it into signals per ticker, sector and market, on a page
     Live(live::Args),
+    /// Make one adapter of several: the mean of what they change
+    Combine(combine::Args),
     /// Write a model with its adapter for Transformers, llama.cpp or Ollama
     Export(export::Args),
     /// Say what a recipe will need: memory, steps, time
@@ -73,6 +76,7 @@ impl Command {
             Command::Chat(args) => chat::run(args),
             Command::Complete(args) => complete::run(args),
             Command::Live(args) => live::run(args),
+            Command::Combine(args) => combine::run(args),
             Command::Export(args) => export::run(args),
             Command::Plan(args) => plan::run(args),
             Command::Bench(args) => bench::run(args),

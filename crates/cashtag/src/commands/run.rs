@@ -138,8 +138,9 @@ fn examples(labels: &[String]) -> Vec<LabelledText> {
 }
 
 fn files(run_dir: &Path) -> Vec<FileEntry> {
-    const NOTES: [(&str, &str); 8] = [
+    const NOTES: [(&str, &str); 9] = [
         ("dataset.csv", "the texts with their labels"),
+        ("validation.csv", "those of them by which the best checkpoint and the temperature were chosen"),
         ("held_out.csv", "those of them that nothing was trained on or chosen by"),
         ("fine_tune_dataset.jsonl", "the training part as chat messages"),
         ("config.toml", "the resolved configuration; a recipe"),

@@ -86,7 +86,7 @@ pub(crate) struct Portions {
 /// Unreadable files, labels that are not the run's, an empty part.
 pub(crate) fn load(settings: &Settings, reading: &Reading, default: Portions) -> anyhow::Result<Data> {
     let d = &settings.data;
-    let seed = settings.training.seed;
+    let seed = settings.training.data_seed.unwrap_or(settings.training.seed);
     let labels = d.labels.names();
     let (mut train, mut held_out, source) = match &d.source {
         DataSource::Builtin => {

@@ -161,8 +161,8 @@ pub(crate) struct Inputs {
 }
 
 impl Inputs {
-    /// Reads and splits the data, and writes what the run begins with: `config.toml`, `dataset.csv`, `held_out.csv`,
-    /// `fine_tune_dataset.jsonl`.
+    /// Reads and splits the data, and writes what the run begins with: `config.toml`, `dataset.csv`, `validation.csv`,
+    /// `held_out.csv`, `fine_tune_dataset.jsonl`.
     ///
     /// # Errors
     /// Data that cannot be read or has other labels, a run directory that cannot be written.
@@ -195,6 +195,9 @@ impl Inputs {
         write_atomically(&dir.join("config.toml"), s.to_toml_with_sources().as_bytes())?;
         let all: Vec<_> = data.train.iter().chain(&data.validation).chain(&data.held_out).cloned().collect();
         cashtag_corpus::write_dataset_csv(&dir.join("dataset.csv"), &all)?;
+        if !data.validation.is_empty() {
+            cashtag_corpus::write_dataset_csv(&dir.join("validation.csv"), &data.validation)?;
+        }
         cashtag_corpus::write_dataset_csv(&dir.join("held_out.csv"), &data.held_out)?;
         let system = opened.format.system_message().unwrap_or_default();
         cashtag_corpus::write_chat_jsonl(&dir.join("fine_tune_dataset.jsonl"), &data.train, system)?;

@@ -224,6 +224,8 @@ settings! {
         train_on: TrainOn = TrainOn::Answer;
         /// The same seed on the same device and thread count gives the same run, bit for bit.
         seed: u64 = 42, "a whole number from 0 to 2^63-1" if |v| *v <= i64::MAX as u64;
+        /// The seed of splits and samples of the data; `none` is `seed`. With it runs of several seeds have the same parts.
+        data_seed: Option<u64> = None, "a whole number from 0 to 2^63-1, or none" if |v| v.is_none_or(|v| v <= i64::MAX as u64);
         /// Noise on the embeddings while training (NEFTune); 0 is none, 5 is usual.
         neftune_noise_alpha: f64 = 0.0, "a number from 0" if |v| *v >= 0.0;
         /// Share of the target probability that is spread over all tokens.

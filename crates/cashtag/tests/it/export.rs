@@ -21,6 +21,8 @@ use super::model_commands::{MODEL_FILE, cache, context};
 
 const SYSTEM: &str = "Judge the mood of a stock-market tweet: Positive, Neutral or Negative.";
 const LABELS: [&str; 3] = ["Positive", "Neutral", "Negative"];
+/// What two adapters count in their sum.
+const SUM: [f32; 2] = [0.75, 0.5];
 const TEXTS: [&str; 5] = [
     "Upgraded to buy with a higher target",
     "so the new CFO sold again 🙃 great sign",
@@ -180,6 +182,7 @@ fn others_read_what_is_written() {
             "model": model.display().to_string(), "work": path("."), "system": SYSTEM, "labels": LABELS, "texts": TEXTS,
             "adapters": {"lora": path("lora"), "rslora": path("rslora"), "dora": path("dora"), "run": path("run/checkpoint-2")},
             "state": state.display().to_string(),
+            "sums": {"sum": SUM},
             "merged": {"merged32": path("merged32"), "merged-dora": path("merged-dora"), "merged16": path("merged16")},
             "gguf": {"f16": path("f16.gguf"), "q8_0": path("q8_0.gguf"), "q4_0": path("q4_0.gguf"), "again": path("again.gguf")},
             "lora": {"lora.gguf": path("lora.gguf"), "rslora.gguf": path("rslora.gguf")},
@@ -204,6 +207,14 @@ fn others_read_what_is_written() {
         println!("{name}: PEFT's probabilities differ by at most {far:.1e}");
         assert!(far < 1e-4, "{name}: {far}: {own:?} for {:?}", said[*name]);
     }
+    // Our sum of an adapter of ours and one of PEFT's, and PEFT's own sum of the two.
+    let weights = SUM.map(|w| w.to_string()).join(",");
+    let args = ["combine", "-q", "lora", "peft-lora", "--weights", &weights, "--calibrate-on", "none", "--out", "sum"];
+    let shown = context.run(&args);
+    assert!(shown.starts_with("exit code 0"), "{shown}");
+    let far = distance(&ours(&context, &context.path("sum"), &TEXTS), &rows(&said["sum"]));
+    println!("sum: PEFT's probabilities differ by at most {far:.1e}");
+    assert!(far < 1e-4, "sum: {far}");
     for (merged, adapter) in [("merged32", "lora"), ("merged-dora", "dora")] {
         let far = distance(&own[adapter], &rows(&said[merged]));
         println!("{merged}: probabilities differ by at most {far:.1e}");

@@ -1,7 +1,8 @@
 """Asks Transformers, PEFT and llama.cpp what they make of our files. Reads one JSON object from standard input:
 
     {"model": GGUF, "work": DIR, "system": TEXT, "labels": [WORD…], "texts": [TEXT…],
-     "adapters": {NAME: DIR}, "merged": {NAME: DIR}, "gguf": {NAME: FILE}, "lora": {NAME: FILE}, "state": FILE}
+     "adapters": {NAME: DIR}, "merged": {NAME: DIR}, "gguf": {NAME: FILE}, "lora": {NAME: FILE}, "state": FILE,
+     "sums": {NAME: [WEIGHT, WEIGHT]}}
 
 and prints one with the label probabilities of each, in the order of texts and labels. With "adapters" it first makes three
 adapters with PEFT itself, in WORK/peft-lora, WORK/peft-rslora and WORK/peft-dora, with factors that are not zero, and has
@@ -101,6 +102,14 @@ if job.get("adapters") is not None:
     out["state"] = [state.global_step, state.max_steps, len(state.log_history), state.train_batch_size]
     for kind, path in job["adapters"].items():
         model = PeftModel.from_pretrained(base, path)
+        out[kind] = probabilities(model.eval(), tokenizer)
+        base = model.unload()
+    # The sum of two adapters, made by PEFT: {NAME: [weight of "lora", weight of "peft-lora"]}.
+    for kind, weights in job.get("sums", {}).items():
+        model = PeftModel.from_pretrained(base, job["adapters"]["lora"], adapter_name="lora")
+        model.load_adapter(job["adapters"]["peft-lora"], adapter_name="peft-lora")
+        model.add_weighted_adapter(["lora", "peft-lora"], weights, kind, combination_type="cat")
+        model.set_adapter(kind)
         out[kind] = probabilities(model.eval(), tokenizer)
         base = model.unload()
     del base

@@ -2,6 +2,7 @@
 
 mod bus;
 mod cli;
+mod combine;
 mod config;
 mod context;
 mod export;

@@ -444,6 +444,7 @@ fn training_leaves_an_adapter() {
         fine_tune_dataset.jsonl
         held_out.csv
         trainer_log.jsonl
+        validation.csv
         ");
     let log = read(&context.path("run/trainer_log.jsonl"));
     assert!(log.lines().all(|l| serde_json::from_str::<Value>(l).unwrap()["step"].is_number()), "{log}");
