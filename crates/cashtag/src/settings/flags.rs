@@ -362,7 +362,7 @@ mod tests {
 
     #[test]
     fn recipes_that_ship() {
-        for name in ["smollm2-cpu", "llama-2-7b-qlora"] {
+        for name in ["smollm2-cpu", "llama-2-7b-qlora", "smollm2-full"] {
             let s = flags(&[]).resolve_or_recipe(name).unwrap();
             assert_eq!(flags(&["--config", name]).resolve().unwrap(), s);
         }

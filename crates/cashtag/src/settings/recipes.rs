@@ -5,9 +5,10 @@ use std::path::Path;
 use super::error::SettingsError;
 use super::suggest::nearest;
 
-const RECIPES: [(&str, &str); 2] = [
+const RECIPES: [(&str, &str); 3] = [
     ("smollm2-cpu", include_str!("../../../../recipes/smollm2-cpu.toml")),
     ("llama-2-7b-qlora", include_str!("../../../../recipes/llama-2-7b-qlora.toml")),
+    ("smollm2-full", include_str!("../../../../recipes/smollm2-full.toml")),
 ];
 
 /// The text of the recipe with this name; a file of the same name goes first.
@@ -26,6 +27,6 @@ pub(crate) fn with_hint(path: &Path, error: SettingsError) -> SettingsError {
     let names = RECIPES.map(|(name, _)| name);
     match path.to_str().and_then(|name| nearest(name, names)) {
         Some(near) => error.hint(format!("did you mean the recipe {near}?")),
-        None => error.hint(format!("the recipes that ship with cashtag are {}", names.join(" and "))),
+        None => error.hint(format!("the recipes that ship with cashtag are {}", names.join(", "))),
     }
 }

@@ -23,9 +23,11 @@ pub(crate) struct Admission {
 }
 
 /// Part of the deadline that the queue may take; the rest is for the batch itself and for estimates that were low.
-const SHARE: f64 = 0.7;
-/// How fast the estimate of a row's time follows.
-const FOLLOW: f64 = 0.2;
+const SHARE: f64 = 0.6;
+/// How fast the estimate of a row's time follows when rows take longer, and when they take less: who is let in too early is late, who
+/// is refused too early comes again, so the estimate is quick to rise and slow to fall.
+const RISE: f64 = 0.4;
+const FALL: f64 = 0.1;
 
 /// A place for one text, given back when dropped.
 pub(crate) struct Ticket {
@@ -66,7 +68,8 @@ impl Admission {
     pub(crate) fn learn(&self, rows: usize, time: Duration) {
         let now = time.as_secs_f64() / rows.max(1) as f64;
         let old = self.seconds_per_row();
-        let new = if old == 0.0 { now } else { old + FOLLOW * (now - old) };
+        let follow = if now > old { RISE } else { FALL };
+        let new = if old == 0.0 { now } else { old + follow * (now - old) };
         self.seconds_per_row.store(new.to_bits(), Ordering::Relaxed);
     }
 
