@@ -26,8 +26,8 @@ async function visit(name, options) {
 if (args.readme) {
   for (const [file, options, hash] of [
     ["overview-light", light, "#/"],
-    ["ticker-dark", dark, `#/ticker/${symbol}`],
-    ["overview-phone", phone, "#/"],
+    ["overview-dark", dark, "#/"],
+    ["ticker-light", light, `#/ticker/${symbol}`],
   ]) {
     const page = await visit(file, options);
     await page.goto(`${url}/?window=1h${hash}`);

@@ -5,8 +5,7 @@
 //! damped if its author has written [`BURST`] others in the ten minutes before it. All is by event time and in the order of
 //! the log, so a restart that observes the stored posts again stands where the process stopped.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-
+use crate::id::Id;
 use crate::post::{Post, digest};
 use crate::time::{HOUR, MINUTE, Millis};
 
@@ -21,8 +20,10 @@ pub(crate) const COPY_WEIGHT: f64 = 0.2;
 pub(crate) const DAMPED_WEIGHT: f64 = 0.2;
 /// Texts with fewer characters are copies only of their own author's.
 const SHORT: usize = 40;
-/// Authors and texts of one generation, at most: what comes then is taken for new.
-const MAX_ENTRIES: usize = 2_000_000;
+/// Places where one text, or one author, may be kept. Of those that share them the oldest goes first.
+const WAYS: usize = 8;
+/// So many texts for the place of one author: bursts are minutes long, copies come a day later.
+const TEXTS_PER_AUTHOR: usize = 8;
 
 /// What was found about a post.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,16 +33,42 @@ pub(crate) struct Verdict {
     pub(crate) weight: f64,
 }
 
-#[derive(Default)]
+/// The first post with a text.
+#[derive(Clone)]
+struct First {
+    fingerprint: u64,
+    time: Millis,
+    id: Id,
+}
+
+/// The newest posts of an author, in the order of the log.
+#[derive(Clone)]
+struct Author {
+    key: u64,
+    times: [Millis; BURST],
+}
+
+const NEVER: Millis = Millis::MIN;
+
+/// Its memory is taken at the start and never grows: what has no place any more is taken for new.
 pub(crate) struct Copies {
-    /// By the generation of the first post: fingerprint → (id, time) of the first.
-    texts: BTreeMap<i64, HashMap<u64, (String, Millis)>>,
-    authors: HashMap<String, VecDeque<Millis>>,
+    texts: Vec<First>,
+    authors: Vec<Author>,
     latest: Millis,
-    swept: Millis,
 }
 
 impl Copies {
+    /// Remembers about so many texts.
+    pub(crate) fn new(texts: usize) -> Self {
+        let texts = texts.max(TEXTS_PER_AUTHOR).next_multiple_of(WAYS);
+        let authors = (texts / TEXTS_PER_AUTHOR).next_multiple_of(WAYS);
+        Self {
+            texts: vec![First { fingerprint: 0, time: NEVER, id: Id::Number(0) }; texts],
+            authors: vec![Author { key: 0, times: [NEVER; BURST] }; authors],
+            latest: NEVER,
+        }
+    }
+
     /// Judges a post and remembers it. `fingerprint` is [`fingerprint`] of it.
     pub(crate) fn observe(
         &mut self,
@@ -52,13 +79,8 @@ impl Copies {
         told: Option<&str>,
         time: Millis,
     ) -> Verdict {
-        let found = self.first_of(fingerprint, time).map(str::to_owned);
-        if found.is_none() {
-            let generation = self.texts.entry(time.div_euclid(GENERATION)).or_default();
-            if generation.len() < MAX_ENTRIES {
-                generation.insert(fingerprint, (id.to_owned(), time));
-            }
-        }
+        self.latest = self.latest.max(time);
+        let found = self.first_of(fingerprint, id, time);
         let is_copy_of = told.map(str::to_owned).or(found).filter(|original| original != id);
         let damped = self.is_burst(source, author, time);
         let mut weight = 1.0;
@@ -68,44 +90,52 @@ impl Copies {
         if damped {
             weight *= DAMPED_WEIGHT;
         }
-        self.latest = self.latest.max(time);
-        self.sweep();
         Verdict { is_copy_of, damped, weight }
     }
 
-    fn first_of(&self, fingerprint: u64, time: Millis) -> Option<&str> {
-        let generation = time.div_euclid(GENERATION);
-        self.texts.range(generation - 2..=generation + 2).find_map(|(_, texts)| {
-            let (id, first) = texts.get(&fingerprint)?;
-            ((time - first).abs() <= HORIZON).then_some(id.as_str())
-        })
+    /// The first post with this text; this one, if there is none.
+    fn first_of(&mut self, fingerprint: u64, id: &str, time: Millis) -> Option<String> {
+        // What a restart would not observe again counts no longer.
+        let since = remembered_since(self.latest);
+        let places = places(&mut self.texts, fingerprint);
+        let same = |f: &&First| {
+            f.fingerprint == fingerprint && f.time >= since && f.time.abs_diff(time) <= HORIZON.unsigned_abs()
+        };
+        if let Some(first) = places.iter().filter(same).min_by_key(|f| f.time) {
+            return Some(first.id.to_string());
+        }
+        if let Some(oldest) = places.iter_mut().min_by_key(|f| f.time) {
+            *oldest = First { fingerprint, time, id: Id::from(id) };
+        }
+        None
     }
 
     fn is_burst(&mut self, source: &str, author: &str, time: Millis) -> bool {
-        let key = format!("{source}\n{author}");
-        if !self.authors.contains_key(&key) && self.authors.len() >= MAX_ENTRIES {
-            return false;
+        let key = number(digest(&[source.as_bytes(), author.as_bytes()]));
+        let places = places(&mut self.authors, key);
+        let newest = |a: &Author| a.times.into_iter().max();
+        let known = places.iter().position(|a| a.key == key);
+        let at = known.or_else(|| (0..places.len()).min_by_key(|i| newest(&places[*i])));
+        let Some(place) = at.and_then(|at| places.get_mut(at)) else { return false };
+        if place.key != key {
+            *place = Author { key, times: [NEVER; BURST] };
         }
-        let times = self.authors.entry(key).or_default();
-        let recent = times.iter().filter(|t| (time - **t).abs() < BURST_TIME).count();
-        times.push_back(time);
-        if times.len() > BURST {
-            times.pop_front();
-        }
+        let recent = place.times.iter().filter(|t| t.abs_diff(time) < BURST_TIME.unsigned_abs()).count();
+        place.times.rotate_left(1);
+        place.times[BURST - 1] = time;
         recent >= BURST
     }
+}
 
-    /// Forgets what no post can be compared with any more.
-    fn sweep(&mut self) {
-        if self.latest - self.swept < MINUTE {
-            return;
-        }
-        self.swept = self.latest;
-        let oldest = oldest_generation(self.latest);
-        self.texts.retain(|generation, _| *generation >= oldest);
-        let horizon = self.latest - HORIZON;
-        self.authors.retain(|_, times| times.back().is_some_and(|t| *t >= horizon));
-    }
+/// Where something may be.
+fn places<T>(all: &mut [T], key: u64) -> &mut [T] {
+    let groups = (all.len() / WAYS).max(1) as u64;
+    let from = (key % groups) as usize * WAYS;
+    &mut all[from..from + WAYS]
+}
+
+fn number(hash: [u8; 32]) -> u64 {
+    u64::from_le_bytes(std::array::from_fn(|i| hash[i]))
 }
 
 fn oldest_generation(latest: Millis) -> i64 {
@@ -125,7 +155,7 @@ pub(crate) fn fingerprint(post: &Post) -> u64 {
     } else {
         digest(&[text.as_bytes()])
     };
-    u64::from_le_bytes(std::array::from_fn(|i| hash[i]))
+    number(hash)
 }
 
 /// Lower case, single spaces, without `RT @name:`, links and names.
@@ -166,7 +196,7 @@ mod tests {
 
     #[test]
     fn copies_whatever_was_changed_around_the_words() {
-        let mut copies = Copies::default();
+        let mut copies = Copies::new(10_000);
         assert_eq!(see(&mut copies, "1", "ann", LONG, 0), Verdict { is_copy_of: None, damped: false, weight: 1.0 });
         for (id, text) in [
             ("2", format!("RT @ann: {LONG}")),
@@ -185,7 +215,7 @@ mod tests {
 
     #[test]
     fn short_texts_repeat_by_chance() {
-        let mut copies = Copies::default();
+        let mut copies = Copies::new(10_000);
         see(&mut copies, "1", "ann", "$XYZ up!", 0);
         assert_eq!(see(&mut copies, "2", "bob", "$XYZ up!", 1).is_copy_of, None);
         assert_eq!(see(&mut copies, "3", "ann", "$xyz UP!", 2).is_copy_of.as_deref(), Some("1"));
@@ -193,7 +223,7 @@ mod tests {
 
     #[test]
     fn a_burst_is_damped_and_ends() {
-        let mut copies = Copies::default();
+        let mut copies = Copies::new(10_000);
         let verdicts: Vec<bool> =
             (0..8).map(|i| see(&mut copies, &i.to_string(), "ann", &format!("{LONG} {i}"), i * 1000).damped).collect();
         assert_eq!(verdicts, [false, false, false, false, false, true, true, true]);
@@ -206,13 +236,13 @@ mod tests {
         let stream: Vec<(String, Millis)> = (0..4_000)
             .map(|i| (format!("{LONG} {}", i * 7919 % 300), i * 97 * MINUTE + (i * 31 % 11 - 5) * MINUTE))
             .collect();
-        let (mut whole, mut verdicts) = (Copies::default(), Vec::new());
+        let (mut whole, mut verdicts) = (Copies::new(10_000), Vec::new());
         for (i, (text, time)) in stream.iter().enumerate() {
             verdicts.push(see(&mut whole, &i.to_string(), "ann", text, *time));
         }
         for stop in [1, 777, 3_990] {
             let latest = stream[..stop].iter().map(|s| s.1).max().unwrap();
-            let mut again = Copies::default();
+            let mut again = Copies::new(10_000);
             for (i, (text, time)) in stream.iter().enumerate() {
                 if i < stop && *time < remembered_since(latest) {
                     continue;
@@ -221,5 +251,23 @@ mod tests {
                 assert!(i < stop || verdict == verdicts[i], "{i} after a restart at {stop}");
             }
         }
+    }
+
+    #[test]
+    fn memory_is_what_it_was_at_the_start_and_the_newest_texts_are_in_it() {
+        let mut copies = Copies::new(8_000);
+        let bytes = |c: &Copies| (c.texts.capacity() * size_of::<First>(), c.authors.capacity() * size_of::<Author>());
+        assert_eq!(bytes(&copies), (8_000 * 32, 1_000 * 48));
+        let text = |i: i64| format!("{LONG} {i}");
+        for i in 0..50_000 {
+            see(&mut copies, &i.to_string(), &format!("author {i}"), &text(i), i * 100);
+        }
+        assert_eq!(bytes(&copies), (8_000 * 32, 1_000 * 48));
+        let found = |copies: &mut Copies, range: std::ops::Range<i64>| {
+            range.filter(|i| see(copies, "x", "bob", &text(*i), 5_000_000).is_copy_of.is_some()).count()
+        };
+        // A text is gone when eight newer ones share its places.
+        let (near, far) = (found(&mut copies, 48_000..50_000), found(&mut copies, 0..2_000));
+        assert!(near > 1_980 && far < 20, "{near} of the newest, {far} of the oldest");
     }
 }

@@ -27,7 +27,10 @@ use crate::store::{Bar, Location, Reader, StoredPost};
 use crate::time::{self, Millis};
 use crate::windows::{Scope, Values, Window};
 
+/// Read at a time; fewer where texts are long.
 const ROWS: usize = 8_192;
+/// A row group is in memory until it is written: it ends at so many encoded bytes, too.
+const GROUP_BYTES: usize = 16 << 20;
 
 /// What was written.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -83,8 +86,10 @@ impl Table {
             Some(writer) => writer,
             none => {
                 let file = AtomicFile::create(&self.path)?;
-                let properties =
-                    WriterProperties::builder().set_compression(Compression::ZSTD(ZstdLevel::default())).build();
+                let properties = WriterProperties::builder()
+                    .set_compression(Compression::ZSTD(ZstdLevel::default()))
+                    .set_max_row_group_bytes(Some(GROUP_BYTES))
+                    .build();
                 let made = ArrowWriter::try_new(file, batch.schema(), Some(properties));
                 none.insert(made.map_err(|e| wrong(&self.path, &e))?)
             }

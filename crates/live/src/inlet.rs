@@ -13,7 +13,8 @@ use crate::store::{DeadLetter, Readers};
 use crate::time;
 
 /// Posts that are remembered to recognise what comes again before the store has it.
-const REMEMBERED: usize = 200_000;
+/// More than a replay may have waiting and a checkpoint takes; a store that has them recognises the others.
+const REMEMBERED: usize = 100_000;
 /// Dead letters that wait for the next checkpoint.
 const MAX_WAITING: usize = 10_000;
 /// Posts in the log that are not in the store yet, at which a replay waits: more than two checkpoints take.
@@ -49,10 +50,16 @@ struct Inner {
     stop: Arc<AtomicBool>,
 }
 
-#[derive(Default)]
 struct Recent {
     order: VecDeque<u128>,
     known: HashSet<u128>,
+}
+
+impl Default for Recent {
+    fn default() -> Self {
+        // A set that is at most half full cleans up in its place; a fuller one would take twice as much one day.
+        Self { order: VecDeque::with_capacity(REMEMBERED + 1), known: HashSet::with_capacity(2 * REMEMBERED) }
+    }
 }
 
 impl Recent {

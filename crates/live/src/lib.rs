@@ -21,6 +21,7 @@ mod copies;
 mod error;
 pub mod export;
 pub mod hub;
+mod id;
 pub mod inlet;
 pub mod log;
 pub mod pipeline;

@@ -11,6 +11,8 @@ function colour(name: string): string {
 }
 
 const AXIS_FONT = '11px "Inter", system-ui, "Segoe UI", sans-serif';
+/** Half of the widest label of the time axis: the last one may stand at the very end. */
+const RIGHT = 22;
 let charts = 0;
 
 const axisTime = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" });
@@ -116,7 +118,7 @@ export class HistoryChart {
     const cursor: uPlot.Cursor = { sync, y: false, points: { show: false }, drag: { x: false, y: false } };
     const line = colour("--ink");
     this.score = new uPlot({
-      width, height: this.options.score, legend: { show: false }, cursor, padding: [8, 8, 8, 0],
+      width, height: this.options.score, legend: { show: false }, cursor, padding: [8, RIGHT, 8, 0],
       scales: { x: xScale, y: { range: () => [-this.limit(), this.limit()] } },
       axes: [{ ...x, show: this.options.volume === 0 },
         { stroke: ink, font: AXIS_FONT, size: 40, grid, ticks: { show: false }, splits: () => [-1, -0.5, 0, 0.5, 1].map((share) => share * this.limit()), values: (_, v) => v.map((n) => signed(n, this.limit() < 1 ? 2 : 1)) }],
@@ -130,9 +132,9 @@ export class HistoryChart {
     const bars = uPlot.paths.bars!({ size: [0.8, 22], gap: 1 });
     const bar = (fill: string): uPlot.Series => ({ fill, stroke: fill, width: 0, paths: bars, points: { show: false } });
     this.volume = new uPlot({
-      width, height: this.options.volume, legend: { show: false }, cursor, padding: [10, 8, 0, 0],
+      width, height: this.options.volume, legend: { show: false }, cursor, padding: [10, RIGHT, 0, 0],
       scales: { x: xScale, y: { range: (_, __, max) => [0, Math.max(4, max * 1.1)] } },
-      axes: [x, { stroke: ink, font: AXIS_FONT, size: 40, grid: { show: false }, ticks: { show: false }, space: 30, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 50000] }],
+      axes: [x, { stroke: ink, font: AXIS_FONT, size: 40, grid: { show: false }, ticks: { show: false }, space: 16, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 50000] }],
       series: [{}, bar(positive), bar(colour("--neutral")), bar(negative)],
       hooks: { setCursor: [(u) => this.tell(u.cursor.idx ?? null)] },
     }, data.volume, this.box);

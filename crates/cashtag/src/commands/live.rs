@@ -178,6 +178,12 @@ struct Signals {
     /// When posts are forced to the disk: always, never, or a time such as 200ms
     #[arg(long, value_name = "WHEN", default_value = "always")]
     fsync: String,
+    /// Texts that copies are recognised by; 38 bytes of memory each
+    #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(..=100_000_000))]
+    remember_texts: u32,
+    /// SQLite's cache, in MB
+    #[arg(long, value_name = "MB", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    store_cache_mb: u32,
     /// A rule: "score_z > 3 and mentions > 20 in 5m for ticker"; may be repeated
     #[arg(long, value_name = "RULE")]
     alert: Vec<String>,
@@ -412,7 +418,8 @@ fn options(args: &Args, data: PathBuf, tickers: Arc<dyn Tickers>) -> anyhow::Res
     options.location = location;
     options.waiting = Box::new(|why| output::note(format!("waiting: {why}")));
     options.log = LogOptions { fsync, ..LogOptions::default() };
-    options.store = StoreOptions { with_text: !s.no_text, webhook: s.alert_webhook.is_some() };
+    options.store =
+        StoreOptions { with_text: !s.no_text, webhook: s.alert_webhook.is_some(), cache_mb: s.store_cache_mb };
     options.windows = WindowOptions {
         allowed_lateness: millis(s.allowed_lateness),
         allowed_disorder: millis(s.allowed_disorder),
@@ -422,6 +429,7 @@ fn options(args: &Args, data: PathBuf, tickers: Arc<dyn Tickers>) -> anyhow::Res
     options.pipeline = PipelineOptions {
         exit_when_done: args.sources.exit_when_done,
         retention: s.retention,
+        remembered_texts: s.remember_texts as usize,
         ..PipelineOptions::default()
     };
     options.rules = rules.map_err(Usage)?;

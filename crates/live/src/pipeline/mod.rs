@@ -57,6 +57,8 @@ pub struct PipelineOptions {
     pub retention: Option<Duration>,
     /// Records of the log are kept for so long after they are in the store.
     pub log_retention: Duration,
+    /// Texts that are remembered to recognise copies: 32 bytes each and 6 for authors, taken at the start.
+    pub remembered_texts: usize,
 }
 
 impl Default for PipelineOptions {
@@ -66,6 +68,7 @@ impl Default for PipelineOptions {
             exit_when_done: false,
             retention: None,
             log_retention: Duration::from_secs(24 * 3600),
+            remembered_texts: 1_000_000,
         }
     }
 }

@@ -45,7 +45,7 @@ impl<'a> Pipeline<'a> {
         let found = store.checkpoint()?;
         let mut spread = bus.map(|front| Spread::new(front, Windows::new(windows.clone(), polarity), polarity));
         let mut windows = Windows::new(windows, polarity);
-        let mut copies = Copies::default();
+        let mut copies = Copies::new(options.remembered_texts);
         if let Some(checkpoint) = &found {
             check_log(checkpoint, &log)?;
             let heard = checkpoint.sources.iter().filter_map(|(name, s)| Some((name.clone(), s.newest?))).collect();

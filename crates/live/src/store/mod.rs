@@ -28,6 +28,8 @@ use crate::windows::{Scope, Signal, Values, Window};
 pub(crate) const MAX_DEAD_LETTERS: i64 = 10_000;
 /// Characters of what could not be taken that are kept.
 pub(crate) const MAX_RAW: usize = 500;
+/// Bytes of texts after which [`Reader::posts_of_day`] ends: rows alone are no bound, a text may have 100 kB.
+pub(crate) const MAX_READ: i64 = 8 << 20;
 
 /// Something that could not be taken, and why.
 #[derive(Clone, Debug, PartialEq)]
@@ -101,11 +103,13 @@ pub struct StoreOptions {
     pub with_text: bool,
     /// Alerts wait for a webhook to take them.
     pub webhook: bool,
+    /// SQLite's cache of pages, in MB.
+    pub cache_mb: u32,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
-        Self { with_text: true, webhook: false }
+        Self { with_text: true, webhook: false, cache_mb: 16 }
     }
 }
 
@@ -232,7 +236,8 @@ pub trait Reader: Send {
     /// The days (their first moments) that have posts, from `since` on.
     fn post_days(&self, since: Millis) -> Result<Vec<Millis>>;
 
-    /// Posts of a day with a number above `after`, in its order.
+    /// Posts of a day with a number above `after`, in its order: `limit` of them, or fewer where texts are long, but never
+    /// none as long as there are some.
     fn posts_of_day(&self, day: Millis, after: i64, limit: usize) -> Result<Vec<StoredPost>>;
 
     /// The days that have closed windows of this length, from `since` on.

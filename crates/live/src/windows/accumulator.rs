@@ -2,6 +2,7 @@
 //! same sums to the bit.
 
 use super::authors::Authors;
+use crate::id::Id;
 use crate::post::ScoredPost;
 use crate::scorer::Polarity;
 
@@ -31,19 +32,19 @@ pub(super) struct Accumulator {
 pub(super) struct Top {
     pub(super) rank: f64,
     pub(super) seq: u64,
-    pub(super) id: String,
+    pub(super) id: Id,
 }
 
 impl Accumulator {
-    pub(super) fn add(&mut self, post: &ScoredPost, polarity: Polarity, author: u64) {
+    pub(super) fn add(&mut self, post: &ScoredPost, id: &Id, polarity: Polarity, author: u64) {
         self.authors.add(author);
         self.copies += u64::from(post.is_copy_of.is_some());
         self.damped += u64::from(post.damped);
         let (positive, negative) = (post.label == polarity.positive, post.label == polarity.negative);
-        self.add_score(post.seq, &post.post.id, post.score, post.weight, positive, negative);
+        self.add_score(post.seq, id, post.score, post.weight, positive, negative);
     }
 
-    pub(super) fn add_score(&mut self, seq: u64, id: &str, score: f64, weight: f64, positive: bool, negative: bool) {
+    pub(super) fn add_score(&mut self, seq: u64, id: &Id, score: f64, weight: f64, positive: bool, negative: bool) {
         self.mentions += 1;
         self.positive += u64::from(positive);
         self.negative += u64::from(negative);
@@ -57,8 +58,10 @@ impl Accumulator {
         // The most decided posts; of equals the newer.
         let at = self.top.partition_point(|t| (t.rank, t.seq) > (rank, seq));
         if at < TOP {
-            self.top.insert(at, Top { rank, seq, id: id.to_owned() });
-            self.top.truncate(TOP);
+            // Never more room than is used: most windows have few posts, and there are many of them.
+            self.top.truncate(TOP - 1);
+            self.top.reserve_exact(1);
+            self.top.insert(at, Top { rank, seq, id: id.clone() });
         }
     }
 }

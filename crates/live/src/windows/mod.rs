@@ -33,6 +33,7 @@ pub(crate) use baseline::DAYS as BASELINE_DAYS;
 use series::AllSeries;
 pub use signal::{SPARKLINE, Signal, Thin, Trend, Values};
 
+use crate::id::Id;
 use crate::post::ScoredPost;
 use crate::scorer::Polarity;
 use crate::tickers::Tickers;
@@ -120,7 +121,7 @@ impl Default for WindowOptions {
 #[derive(Default)]
 struct Group {
     closed: bool,
-    sums: HashMap<u32, Accumulator>,
+    sums: HashMap<u32, Box<Accumulator>>,
 }
 
 pub struct Windows {
@@ -185,6 +186,7 @@ impl Windows {
     fn count(&mut self, post: &ScoredPost, tickers: &dyn Tickers, is_new: bool) -> bool {
         let time = post.post.event_time;
         let author = u64::from_str_radix(&post.post.author, 16).unwrap_or(0);
+        let id_of_post = Id::from(&*post.post.id);
         let ids = self.series.of_post(post, tickers);
         let mut too_late = false;
         for window in Window::ALL {
@@ -195,7 +197,7 @@ impl Windows {
             }
             let group = self.groups.entry((window, start)).or_default();
             for id in &ids {
-                group.sums.entry(*id).or_default().add(post, self.polarity, author);
+                group.sums.entry(*id).or_default().add(post, &id_of_post, self.polarity, author);
                 if is_new {
                     self.dirty.insert((window, start, *id));
                     if window == Window::H1 {

@@ -10,6 +10,7 @@ use super::accumulator::Accumulator;
 use super::authors::Authors;
 use super::{Scope, Window, Windows};
 use crate::bus::wire::{Counted, Row};
+use crate::id::Id;
 use crate::tickers::Tickers;
 use crate::time::{MINUTE, Millis};
 
@@ -33,6 +34,7 @@ impl Partition {
             return;
         }
         self.through = post.seq + 1;
+        let id = Id::from(&*post.id);
         for window in Window::ALL.into_iter().filter(|w| post.windows[*w as usize]) {
             for (scope, key) in &post.keys {
                 let place = (window, window.start(post.time), *scope, key.clone());
@@ -40,7 +42,7 @@ impl Partition {
                 sums.authors.add(post.author);
                 sums.copies += u64::from(post.copy);
                 sums.damped += u64::from(post.damped);
-                sums.add_score(post.seq, &post.id, post.score, post.weight, post.positive, post.negative);
+                sums.add_score(post.seq, &id, post.score, post.weight, post.positive, post.negative);
                 self.dirty.insert(place);
             }
         }
@@ -121,7 +123,7 @@ fn row((window, start, scope, key): Place, s: &Accumulator) -> Row {
             s.negative_weight,
         ],
         authors: s.authors.count(),
-        top: s.top.iter().map(|t| (t.rank, t.seq, t.id.clone())).collect(),
+        top: s.top.iter().map(|t| (t.rank, t.seq, t.id.to_string())).collect(),
     }
 }
 
@@ -189,7 +191,7 @@ impl Windows {
         if newer || (group.closed && revision == 0) {
             self.dirty.insert((row.window, row.start, id));
         }
-        group.sums.insert(id, Accumulator { revision, ..accumulator(row) });
+        group.sums.insert(id, Box::new(Accumulator { revision, ..accumulator(row) }));
         Ok(())
     }
 }
@@ -209,7 +211,11 @@ fn accumulator(row: Row) -> Accumulator {
         positive_weight,
         negative_weight,
         authors: Authors::Told(row.authors),
-        top: row.top.into_iter().map(|(rank, seq, id)| super::accumulator::Top { rank, seq, id }).collect(),
+        top: row
+            .top
+            .into_iter()
+            .map(|(rank, seq, id)| super::accumulator::Top { rank, seq, id: Id::from(&*id) })
+            .collect(),
         revision: 0,
     }
 }

@@ -147,7 +147,7 @@ pub(super) fn values(
         damped: sums.damped,
         attention: attention.map(|a| round(a.ratio)),
         attention_z: attention.map(|a| round(a.z)),
-        top_posts: sums.top.iter().map(|t| t.id.clone()).collect(),
+        top_posts: sums.top.iter().map(|t| t.id.to_string()).collect(),
         ..Values::default()
     };
     if speaks {
@@ -215,7 +215,7 @@ mod tests {
     fn sums(scores: &[f64]) -> Accumulator {
         let mut sums = Accumulator::default();
         for (i, score) in scores.iter().enumerate() {
-            sums.add_score(i as u64, &i.to_string(), *score, 1.0, *score > 0.3, *score < -0.3);
+            sums.add_score(i as u64, &crate::id::Id::Number(i as u64), *score, 1.0, *score > 0.3, *score < -0.3);
             sums.authors.add((i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         }
         sums

@@ -41,7 +41,7 @@ print((int((s.tickers.apply(lambda t: 'AAA' in t) & (s.available_at >= s.receive
     ),
 ];
 
-on_both!(the_usual_tools_read_the_export);
+on_both!(the_usual_tools_read_the_export, long_texts_make_small_row_groups);
 
 fn the_usual_tools_read_the_export(place: &Place) {
     let dir = &place.dir;
@@ -76,4 +76,41 @@ fn the_usual_tools_read_the_export(place: &Place) {
         let said = String::from_utf8_lossy(&output.stdout);
         assert_eq!(said, want, "{module}: {}", String::from_utf8_lossy(&output.stderr));
     }
+}
+
+/// Some noon.
+const NOON: i64 = 1_764_331_200_000;
+
+/// 27 MB of texts that do not compress well, on one day.
+fn long_texts_make_small_row_groups(place: &Place) {
+    use parquet::file::reader::{FileReader, SerializedFileReader};
+    let mut posts = stream(300, 42);
+    let mut state = 42u64;
+    for post in &mut posts {
+        post.time = NOON;
+        post.text.extend((0..90_000).map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            char::from(b'0' + (state >> 58) as u8)
+        }));
+    }
+    let path = write(place.dir.path(), "day.jsonl", &lines(&posts));
+    run_to_end(place.options(), vec![Box::new(Replay::file(path, Speed::Fastest))]).unwrap();
+    let day = NOON / 86_400_000 * 86_400_000;
+    let (reader, mut after, mut most) = (place.location.reader().unwrap(), -1, 0);
+    loop {
+        let read = reader.posts_of_day(day, after, 1_000).unwrap();
+        let Some(last) = read.last() else { break };
+        after = last.post.seq as i64;
+        most = most.max(read.iter().map(|p| p.post.post.text.len()).sum::<usize>());
+    }
+    assert!(most > 7_000_000 && most < 8_600_000, "{most} bytes of texts at a time");
+    let out = place.dir.path().join("out");
+    let exported = export(&place.location, &out, None).unwrap();
+    assert_eq!(exported.posts, 300);
+    let file = std::fs::File::open(&exported.files[0]).unwrap();
+    let file = SerializedFileReader::new(file).unwrap();
+    let groups: Vec<(i64, i64)> =
+        file.metadata().row_groups().iter().map(|g| (g.num_rows(), g.compressed_size())).collect();
+    assert_eq!(groups.iter().map(|g| g.0).sum::<i64>(), 300);
+    assert!(groups.len() > 1 && groups.iter().all(|g| g.1 < 20 << 20), "{groups:?}");
 }

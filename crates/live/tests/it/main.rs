@@ -10,6 +10,7 @@ mod export;
 mod faults;
 mod jetstream;
 mod kill;
+mod minute;
 mod nats;
 mod oracle;
 mod page;

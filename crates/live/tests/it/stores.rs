@@ -30,7 +30,7 @@ fn open(place: &Place) -> Box<dyn Store> {
     let model = Pure::default().info();
     let opening = Opening {
         model: &model,
-        options: StoreOptions { with_text: true, webhook: true },
+        options: StoreOptions { webhook: true, ..StoreOptions::default() },
         log: "this log".into(),
         stop: &AtomicBool::new(false),
         waiting: &|why| panic!("it waits: {why}"),

@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::post::{Post, ScoredPost};
 use crate::scorer::ModelInfo;
 use crate::store::{
-    Alert, Bar, DeadLetter, PostFilter, Reader, StoredPost, model_of, scope_of, span_of, stored_signal, window_of,
+    Alert, Bar, DeadLetter, MAX_READ, PostFilter, Reader, StoredPost, model_of, scope_of, span_of, stored_signal,
+    window_of,
 };
 use crate::time::{DAY, Millis};
 use crate::windows::{Scope, Signal, Window};
@@ -280,9 +281,11 @@ impl Reader for PostgresReader {
         let sql = concat!(
             "SELECT ",
             post_columns!(),
-            " FROM posts p WHERE event_time >= $1 AND event_time < $2 AND seq > $3 ORDER BY seq LIMIT $4"
+            " FROM (SELECT *, sum(coalesce(octet_length(text), 0)) OVER (ORDER BY seq) - coalesce(octet_length(text), 0) AS before FROM posts \
+             WHERE event_time >= $1 AND event_time < $2 AND seq > $3 ORDER BY seq LIMIT $4) p \
+             WHERE before < $5 ORDER BY seq"
         );
-        self.rows(sql, &[&day, &(day + DAY), &after, &(limit as i64)], |row| {
+        self.rows(sql, &[&day, &(day + DAY), &after, &(limit as i64), &MAX_READ], |row| {
             let (post, has_text) = post_of_row(row)?;
             Ok(StoredPost { model: row.try_get::<_, i32>(MODEL)?.into(), post, has_text })
         })

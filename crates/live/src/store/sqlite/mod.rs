@@ -41,7 +41,7 @@ impl SqliteStore {
         std::fs::create_dir_all(directory).map_err(Error::io("create", directory))?;
         let path = file(directory);
         let db = Connection::open(&path).map_err(Error::store(&path))?;
-        let model = prepare(&db, model).map_err(Error::store(&path))?;
+        let model = prepare(&db, model, options.cache_mb).map_err(Error::store(&path))?;
         let version: i64 = db.query_row("PRAGMA user_version", [], |r| r.get(0)).map_err(Error::store(&path))?;
         if version != 1 {
             let what = format!("{}: expected a store of version 1, found {version}", path.display());
@@ -119,12 +119,13 @@ pub(crate) fn file(directory: &Path) -> PathBuf {
     directory.join("live.sqlite")
 }
 
-fn prepare(db: &Connection, model: &ModelInfo) -> rusqlite::Result<i64> {
+fn prepare(db: &Connection, model: &ModelInfo, cache_mb: u32) -> rusqlite::Result<i64> {
     db.busy_timeout(Duration::from_secs(5))?;
     db.pragma_update(None, "journal_mode", "WAL")?;
     // The log is synced before a post is acknowledged; what a power cut takes from here is read from there again.
     db.pragma_update(None, "synchronous", "NORMAL")?;
-    db.pragma_update(None, "cache_size", -65_536)?;
+    // Below zero it is in KiB.
+    db.pragma_update(None, "cache_size", -1_024 * i64::from(cache_mb))?;
     // Pages that change with every checkpoint go into the file once in 64 MB: each time is a sync that the pipeline waits for.
     db.pragma_update(None, "wal_autocheckpoint", 16_384)?;
     db.pragma_update(None, "temp_store", "MEMORY")?;

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::post::{Post, ScoredPost};
 use crate::scorer::ModelInfo;
 use crate::store::{
-    Alert, Bar, DeadLetter, PostFilter, Reader, StoredPost, model_of, scope_of, stored_signal, window_of,
+    Alert, Bar, DeadLetter, MAX_READ, PostFilter, Reader, StoredPost, model_of, scope_of, stored_signal, window_of,
 };
 use crate::time::{DAY, Millis};
 use crate::windows::{Scope, Signal, Window};
@@ -182,7 +182,16 @@ impl Reader for SqliteReader {
                 let has_text = r.get::<_, Option<String>>("text")?.is_some();
                 Ok(StoredPost { model: r.get("model")?, post: post_of_row(r)?, has_text })
             })?;
-            rows.collect()
+            let (mut posts, mut bytes) = (Vec::new(), 0);
+            for post in rows {
+                let post: StoredPost = post?;
+                bytes += post.post.post.text.len() as i64;
+                posts.push(post);
+                if bytes >= MAX_READ {
+                    break;
+                }
+            }
+            Ok(posts)
         })
     }
 
