@@ -87,7 +87,7 @@ fn adapters_of_several_seeds_become_one() {
 
     // Refused, each with the mend.
     for (words, said) in [
-        ("combine s1 s2 --out mean", "mean exists\n  hint: --overwrite"),
+        ("combine s1 s2 --out mean", "error: mean exists\nhint: --overwrite"),
         ("combine s1 s2 --weights 1 --out x", "1 weights for 2 adapters"),
         ("combine s1 s9 --out x", "no adapter_config.json in it"),
         ("combine s1 s2 --rank 4096 --out x", "hidden size"),

@@ -70,6 +70,7 @@ fn every_value_with_its_source() {
     max_tokens_per_batch = 1024                   # default
     train_on = "answer"                           # default
     seed = 7                                      # --seed
+    data_seed = "none"                            # default
     neftune_noise_alpha = 0.0                     # default
     label_smoothing_factor = 0.0                  # default
     class_weights = "none"                        # default

@@ -452,7 +452,7 @@ fn training_leaves_an_adapter() {
     let again = context.run(&["train", "--config", "run/config.toml", "--output-dir", "run"]);
     assert_snapshot!(again.lines().skip(1).filter(|l| !l.contains(" on ")).collect::<Vec<_>>().join("\n"), @"
     --- stderr
-    built-in corpus: 38 to train on, 2 to validate, 241 held out; run directory run
+    built-in corpus: 39 to train on, 1 to validate, 243 held out; run directory run
     error: run already holds checkpoints of a run
     ");
     let weights = std::fs::read(context.path("run/adapter/adapter_model.safetensors")).unwrap();
