@@ -247,7 +247,7 @@ impl<'a> Launch<'a> {
             *pointer = slot.as_mut_ptr().cast();
         }
         let (device, function) = (self.device, self.function);
-        let mut queue = || {
+        let queue = || {
             // SAFETY: by the caller's contract.
             let launched = unsafe {
                 result::launch_kernel(
@@ -261,9 +261,6 @@ impl<'a> Launch<'a> {
             };
             device.check(launched)
         };
-        if device.profile.is_on() {
-            return device.profile.around(device, function.name.into(), queue);
-        }
-        queue()
+        device.profile.around(device, || function.name.into(), queue)
     }
 }

@@ -175,10 +175,7 @@ impl Gemm {
             }
             .map_err(|e| self.refused(geometry, e))
         };
-        if device.profile.is_on() {
-            return device.profile.around(device, geometry.name().into(), queue);
-        }
-        queue()
+        device.profile.around(device, || geometry.name().into(), queue)
     }
 
     fn refused(&self, g: Geometry, e: lt::CublasError) -> Error {

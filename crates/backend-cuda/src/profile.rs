@@ -43,18 +43,22 @@ impl Profile {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn is_on(&self) -> bool {
-        self.on.load(Ordering::Relaxed)
-    }
-
     /// Forgets what was measured, and begins.
     pub(crate) fn start(&self) {
         self.state().totals.clear();
         self.on.store(true, Ordering::Relaxed);
     }
 
-    /// Measures what `queue` puts on the stream.
-    pub(crate) fn around(&self, device: &Device, name: Name, queue: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Runs `queue`, and measures what it puts on the stream if that is asked for.
+    pub(crate) fn around(
+        &self,
+        device: &Device,
+        name: impl FnOnce() -> Name,
+        queue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if !self.on.load(Ordering::Relaxed) {
+            return queue();
+        }
         let mut state = self.state();
         if state.open.len() >= MOST_OPEN {
             state.read(device)?;
@@ -65,7 +69,7 @@ impl Profile {
         queue()?;
         // SAFETY: as above.
         device.check(unsafe { result::event::record(after, device.stream) })?;
-        state.open.push((name, [before, after]));
+        state.open.push((name(), [before, after]));
         Ok(())
     }
 

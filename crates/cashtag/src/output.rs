@@ -1,8 +1,10 @@
 //! What is printed where: data on stdout, everything else on stderr, in colour only where someone looks at it.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI8, Ordering};
 
+use crate::exit::Usage;
 use crate::progress;
 
 /// When output is coloured.
@@ -106,6 +108,17 @@ pub(crate) fn bytes(n: u64) -> String {
         unit += 1;
     }
     format!("{value:.1} {}", UNITS[unit])
+}
+
+/// Whether a command may write to `path`.
+///
+/// # Errors
+/// Something is there, and `overwrite` was not asked for.
+pub(crate) fn may_replace(path: &Path, overwrite: bool) -> Result<(), Usage> {
+    if path.symlink_metadata().is_ok() && !overwrite {
+        return Err(Usage(format!("{} exists\n  hint: --overwrite replaces it", path.display())));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

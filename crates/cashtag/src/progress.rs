@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::output;
+use crate::{exit, output};
 
 /// Between two lines where stderr is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -119,6 +119,15 @@ impl Progress {
     pub(crate) fn set_position(&self, position: u64) {
         self.bar.set_position(position);
         self.line(|lines| lines.position = position);
+    }
+
+    /// Shows what a job says of itself (done, of how much), and tells it to stop after Ctrl-C.
+    pub(crate) fn watch(&self) -> impl FnMut(u64, u64) -> bool + '_ {
+        move |done, total| {
+            self.set_total(total);
+            self.set_position(done);
+            !exit::stop_requested()
+        }
     }
 
     pub(crate) fn inc(&self, n: u64) {

@@ -100,8 +100,7 @@ impl Adapter {
         let (mut views, r) = (Vec::new(), self.lora.r);
         for s in &shapes {
             let name = format!("base_model.model.model.layers.{}.{}", s.layer, s.module.path());
-            let a = &self.tensors.a[s.a_offset..s.a_offset + r * s.in_features];
-            let b = &self.tensors.b[s.b_offset..s.b_offset + r * s.out_features];
+            let (a, b) = (self.tensors.a_of(s, r), self.tensors.b_of(s, r));
             for (suffix, shape, values) in
                 [("lora_A", vec![r, s.in_features], a), ("lora_B", vec![s.out_features, r], b)]
             {

@@ -38,7 +38,7 @@ pub fn combine(
     weights: &[f32],
     rank: Option<usize>,
     model: &LlamaConfig,
-    watch: &mut dyn FnMut(usize, usize) -> bool,
+    watch: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<Combined> {
     let bad = |what: String| Err(Error::Adapter(what));
     let [first, ..] = adapters else { return bad("nothing to combine".into()) };
@@ -51,6 +51,12 @@ pub fn combine(
         }
     }
     let side_by_side: usize = adapters.iter().map(|a| a.lora.r).sum();
+    if rank.is_none() && side_by_side > model.hidden_size {
+        return bad(format!(
+            "side by side the factors have rank {side_by_side}, more than the model's hidden size {}\n  hint: --rank 64 brings the sum down",
+            model.hidden_size
+        ));
+    }
     let r = rank.unwrap_or(side_by_side);
     // Alpha is the rank, so that the scale is 1: each part's own scale goes into its B.
     let lora = LoraConfig { r, lora_alpha: r as f32, use_rslora: false, ..first.lora.clone() };
@@ -63,7 +69,7 @@ pub fn combine(
     // A few modules at a time, so that a stop is heard soon and little is held beside the sum.
     const GROUP: usize = 8;
     for first in (0..layout.len()).step_by(GROUP) {
-        if !watch(first, layout.len()) {
+        if !watch(first as u64, layout.len() as u64) {
             return bad("stopped".into());
         }
         let group: Vec<(usize, &Slot)> = layout.iter().enumerate().skip(first).take(GROUP).collect();
@@ -87,7 +93,7 @@ pub fn combine(
             lost += out;
         }
     }
-    watch(layout.len(), layout.len());
+    watch(layout.len() as u64, layout.len() as u64);
     let mut classifier = first.classifier.clone();
     if let Some(c) = &mut classifier {
         c.temperature = 1.0;
@@ -130,13 +136,7 @@ struct Part<'a> {
 impl<'a> Part<'a> {
     fn of(adapter: &'a Adapter, slot: &Slot, scale: f32) -> Self {
         let (r, t) = (adapter.lora.r, &adapter.tensors);
-        let range = |first: usize, len: usize| -> Range<usize> { first..first + len };
-        Part {
-            a: &t.a[range(slot.a_offset, r * slot.in_features)],
-            b: &t.b[range(slot.b_offset, r * slot.out_features)],
-            r,
-            scale,
-        }
+        Part { a: t.a_of(slot, r), b: t.b_of(slot, r), r, scale }
     }
 }
 
@@ -298,10 +298,13 @@ mod tests {
             combine(parts, weights, rank, &config(), &mut |_, _| true).unwrap_err().to_string()
         };
         assert!(refuse(&[], &[], None).contains("nothing to combine"));
-        assert!(refuse(&[a.clone()], &[f32::NAN], None).contains("finite weights"));
+        assert!(refuse(std::slice::from_ref(&a), &[f32::NAN], None).contains("finite weights"));
         assert!(refuse(&[a.clone(), b.clone()], &[1.0], None).contains("2 adapters need as many"));
         assert!(refuse(&[a.clone(), b.clone()], &[1.0, 1.0], Some(17)).contains("hidden size"));
-        let stopped = combine(&[a.clone()], &[1.0], None, &config(), &mut |_, _| false).unwrap_err();
+        assert!(
+            refuse(&vec![a.clone(); 5], &[1.0; 5], None).contains("have rank 20, more than the model's hidden size 16")
+        );
+        let stopped = combine(std::slice::from_ref(&a), &[1.0], None, &config(), &mut |_, _| false).unwrap_err();
         assert!(stopped.to_string().contains("stopped"));
         b.lora.use_dora = true;
         assert!(refuse(&[a.clone(), b.clone()], &[1.0, 1.0], None).contains("DoRA"));

@@ -364,6 +364,16 @@ pub fn slots(config: &LoraConfig, model: &LlamaConfig) -> Vec<Slot> {
 }
 
 impl LoraTensors {
+    /// A `[r, in]` of a module of an adapter of rank `r`.
+    pub fn a_of(&self, slot: &Slot, r: usize) -> &[f32] {
+        &self.a[slot.a_offset..slot.a_offset + r * slot.in_features]
+    }
+
+    /// B `[out, r]` of it.
+    pub fn b_of(&self, slot: &Slot, r: usize) -> &[f32] {
+        &self.b[slot.b_offset..slot.b_offset + r * slot.out_features]
+    }
+
     /// PEFT's initialisation: A Kaiming-uniform with a = √5, that is U(-1/√in, 1/√in); B zero.
     pub fn init(config: &LoraConfig, model: &LlamaConfig, seed: u64) -> Self {
         let slots = slots(config, model);

@@ -62,9 +62,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             "{n} weights for {count} adapters\n  hint: --weights takes one for each, or leave it out"
         ))),
     };
-    if args.out.symlink_metadata().is_ok() && !args.overwrite {
-        bail!(Usage(format!("{} exists\n  hint: --overwrite replaces it", args.out.display())));
-    }
+    output::may_replace(&args.out, args.overwrite)?;
     let mut settings = args.settings.resolve()?;
     let named = settings.is_set("model.name");
     settings.model.adapter = args.adapters.first().cloned();
@@ -79,26 +77,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     // Read before the work: what is wrong with it is said at once.
     let texts = calibration_texts(&args, &opened)?;
 
-    let Combined { mut adapter, lost } = {
+    let made = {
         let bar = Progress::new("combining", Unit::Of("modules"), None);
-        let mut watch = |done: usize, total: usize| {
-            bar.set_total(total as u64);
-            bar.set_position(done as u64);
-            !exit::stop_requested()
-        };
-        let made = combine(&parts, &weights, args.rank, &config, &mut watch);
-        exit::check_stop()?;
-        made.map_err(|e| match args.rank {
-            None => anyhow::Error::from(e).context("the sum cannot be made\n  hint: --rank 64 makes a smaller one"),
-            Some(_) => e.into(),
-        })?
+        combine(&parts, &weights, args.rank, &config, &mut bar.watch())
     };
+    exit::check_stop()?;
+    let Combined { mut adapter, lost } = made?;
     drop(parts);
-    let mut temperature = 1.0;
-    if let Some(texts) = texts {
-        opened.adapter = Some(adapter.clone());
-        temperature = device::run(&settings, Calibrate { settings: &settings, opened: &opened, texts: &texts })?;
-    }
+    let temperature = match &texts {
+        Some(texts) => {
+            device::run(&settings, Calibrate { settings: &settings, opened: &opened, adapter: &adapter, texts })?
+        }
+        None => 1.0,
+    };
     if let Some(classifier) = &mut adapter.classifier {
         classifier.temperature = temperature;
     }
@@ -154,10 +145,11 @@ fn common_validation(adapters: &[PathBuf]) -> anyhow::Result<Option<PathBuf>> {
     Ok(common.map(|(path, _)| path))
 }
 
-/// Fits the temperature of what was opened.
+/// Fits the temperature of an adapter on the model that was opened.
 struct Calibrate<'a> {
     settings: &'a Settings,
     opened: &'a Opened,
+    adapter: &'a Adapter,
     texts: &'a [LabelledText],
 }
 
@@ -165,11 +157,11 @@ impl Job for Calibrate<'_> {
     type Output = f32;
 
     fn run<B: Backend>(self, backend: B) -> anyhow::Result<f32> {
-        let Calibrate { settings, opened, texts } = self;
+        let Calibrate { settings, opened, adapter, texts } = self;
         let model = engine::load(&backend, &opened.checkpoint)?;
-        let lora = engine::load_lora(&backend, &model, opened.adapter.as_ref())?;
+        let lora = engine::load_lora(&backend, &model, Some(adapter))?;
         let budget = settings.training.max_tokens_per_batch;
         let mut classifier = Classifier::new(&backend, &model, lora.as_ref(), &opened.format, budget)?;
-        Ok(cashtag_eval::fit_temperature(&classifier.judge("calibrating", texts)?) as f32)
+        classifier.calibrate(texts)
     }
 }

@@ -61,9 +61,7 @@ enum Form {
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let plan = Plan::new(&args)?;
-    if args.out.symlink_metadata().is_ok() && !args.overwrite {
-        bail!(Usage(format!("{} exists\n  hint: --overwrite replaces it", args.out.display())));
-    }
+    output::may_replace(&args.out, args.overwrite)?;
     let mut settings = args.settings.resolve()?;
     let named = settings.is_set("model.name");
     engine::follow_base_model(&mut settings, named);
@@ -195,7 +193,7 @@ impl Export<'_> {
     fn merged(&self, dir: &Path, options: HfOptions) -> anyhow::Result<()> {
         std::fs::create_dir(dir)?;
         let bar = Progress::new("writing", Unit::Bytes, None);
-        write_hf(dir, &self.merged_model(), options, &mut watch(&bar))?;
+        write_hf(dir, &self.merged_model(), options, &mut bar.watch())?;
         if let Some(classifier) = self.trained {
             let text = serde_json::to_string_pretty(classifier)? + "\n";
             write_atomically(&dir.join(CLASSIFIER_FILE), text.as_bytes())?;
@@ -205,7 +203,7 @@ impl Export<'_> {
 
     fn gguf(&self, file: &Path, kind: GgufType) -> anyhow::Result<()> {
         let bar = Progress::new("writing", Unit::Bytes, None);
-        Ok(write_gguf(file, &self.merged_model(), kind, &self.name, &mut watch(&bar))?)
+        Ok(write_gguf(file, &self.merged_model(), kind, &self.name, &mut bar.watch())?)
     }
 
     fn gguf_lora(&self, file: &Path) -> anyhow::Result<()> {
@@ -269,14 +267,5 @@ impl Export<'_> {
             text += &format!("PARAMETER stop \"{end}\"\n");
         }
         Ok(text)
-    }
-}
-
-/// Shows progress and listens for Ctrl-C.
-fn watch(bar: &Progress) -> impl FnMut(u64, u64) -> bool + '_ {
-    move |done, total| {
-        bar.set_total(total);
-        bar.set_position(done);
-        !exit::stop_requested()
     }
 }

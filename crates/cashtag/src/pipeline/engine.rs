@@ -223,6 +223,11 @@ impl<'a, B: Backend> Classifier<'a, B> {
         self.format.prompt(text).is_ok()
     }
 
+    /// The temperature that suits these labelled texts best.
+    pub(crate) fn calibrate(&mut self, texts: &[LabelledText]) -> anyhow::Result<f32> {
+        Ok(cashtag_eval::fit_temperature(&self.judge("calibrating", texts)?) as f32)
+    }
+
     /// Classifies labelled texts, with a progress bar; Ctrl-C ends it.
     pub(crate) fn judge(&mut self, what: &str, texts: &[LabelledText]) -> anyhow::Result<Vec<Judged>> {
         const CHUNK: usize = 64;

@@ -273,8 +273,7 @@ impl Inputs {
         let mut temperature = 1.0;
         if !self.validation.is_empty() {
             let mut classifier = Classifier::new(backend, model, Some(lora), format, s.training.max_tokens_per_batch)?;
-            let judged = classifier.judge("calibrating", &self.validation)?;
-            temperature = cashtag_eval::fit_temperature(&judged) as f32;
+            temperature = classifier.calibrate(&self.validation)?;
         }
         let adapter = Adapter {
             lora: lora.config.clone(),

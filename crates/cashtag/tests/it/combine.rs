@@ -36,12 +36,7 @@ fn far(a: &[f64], b: &[f64]) -> f64 {
 #[test]
 fn adapters_of_several_seeds_become_one() {
     let Some((context, model)) = tiny::context() else { return };
-    let mut data = String::from("text,label\n");
-    for i in 0..90 {
-        let (word, label) = [("soars", "Positive"), ("rests", "Neutral"), ("sinks", "Negative")][i % 3];
-        data += &format!("{} {word},{label}\n", tiny::words(i));
-    }
-    context.write("data.csv", data);
+    context.write("data.csv", tiny::tweets(90));
     let train = |seed: usize, more: &str| {
         let words = format!(
             "train -q --data data.csv --seed {seed} --output-dir s{seed} --lora-r 4 --max-steps 12 --learning-rate 1e-2 --eval-strategy no --save-strategy no{more}"

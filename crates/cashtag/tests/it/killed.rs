@@ -1,6 +1,5 @@
 //! A training process that is killed, again and again, at any moment.
 
-use std::fmt::Write as _;
 use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -28,12 +27,7 @@ fn train(context: &Context, arguments: &[String]) -> Duration {
 #[test]
 fn a_killed_process_goes_on_bit_for_bit() {
     let Some((context, model)) = tiny::context() else { return };
-    let mut tweets = String::from("text,label\n");
-    for i in 0..60 {
-        let (text, label) = [("up", "Positive"), ("flat", "Neutral"), ("down", "Negative")][i % 3];
-        let _ = writeln!(tweets, "{} closes {text},{label}", tiny::words(i));
-    }
-    context.write("tweets.csv", tweets);
+    context.write("tweets.csv", tiny::tweets(60));
     let whole = train(&context, &arguments(&model, "whole"));
 
     // How long a process needs until its first checkpoint: with one step there is nothing else.

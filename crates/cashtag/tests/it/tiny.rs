@@ -19,6 +19,16 @@ pub(crate) fn context() -> Option<(Context, Vec<String>)> {
     Some((context, flags.map(String::from).to_vec()))
 }
 
+/// A data file of so many labelled texts, whose last word gives the label away.
+pub(crate) fn tweets(count: usize) -> String {
+    let mut tweets = String::from("text,label\n");
+    for i in 0..count {
+        let (text, label) = [("up", "Positive"), ("flat", "Neutral"), ("down", "Negative")][i % 3];
+        tweets += &format!("{} closes {text},{label}\n", words(i));
+    }
+    tweets
+}
+
 /// Seven made-up words, different for each number: texts that are no near copies of one another.
 pub(crate) fn words(n: usize) -> String {
     const SYLLABLES: [&str; 16] =

@@ -45,11 +45,11 @@ pub fn write_gguf_lora(path: &Path, adapter: &Adapter, model: &LlamaConfig, name
     let mut bytes = Vec::new();
     for s in &slots {
         bytes.clear();
-        quantize(BlockType::F32, &adapter.tensors.a[s.a_offset..s.a_offset + r * s.in_features], &mut bytes);
+        quantize(BlockType::F32, adapter.tensors.a_of(s, r), &mut bytes);
         out.write(&bytes)?;
         pad(&mut out)?;
         bytes.clear();
-        let b = &adapter.tensors.b[s.b_offset..s.b_offset + r * s.out_features];
+        let b = adapter.tensors.b_of(s, r);
         let hf_name = format!("model.layers.{}.{}.weight", s.layer, s.module.path());
         match permuted_heads(&hf_name, model).map(|heads| s.out_features / heads) {
             None => quantize(BlockType::F32, b, &mut bytes),
