@@ -55,6 +55,6 @@ pub use labels::{LabelMap, canonical_label};
 pub use minhash::{Sketch, similarity};
 pub use near::NearIndex;
 pub use rng::Rng;
-pub use sample::balanced_sample;
+pub use sample::{balanced_sample, quick_sample};
 pub use split::{Split, SplitOptions, split_by_time, split_examples};
 pub use stats::{GiveAway, Lengths, Query, Stats, give_away_words, search};

@@ -463,6 +463,11 @@ impl<B: Backend> Lora<B> {
         &self.slots
     }
 
+    /// The first block that has factors.
+    pub fn first_layer(&self) -> Option<usize> {
+        self.slots.iter().map(|s| s.layer).min()
+    }
+
     pub fn parameters(&self) -> usize {
         self.groups().map(|(_, g)| g.len).sum()
     }

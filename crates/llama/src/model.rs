@@ -12,6 +12,8 @@
 //!
 //! Nobody reads the last block's results but the head, and that for a few rows (the labels of training, the ends of prompts): behind its
 //! attention the last block computes those rows alone ([`Narrowed`]), forward and backward. The results are the same.
+//!
+//! Nothing is trained below the first block with factors: a backward ends there, and the blocks below it save nothing.
 
 use cashtag_backend::{AttentionLayout, Backend, Dtype, Mat, MatMut, Rope, WeightSource};
 
@@ -84,6 +86,8 @@ struct Saved<B: Backend> {
 pub struct Workspace<B: Backend> {
     capacity: usize,
     purpose: Purpose,
+    /// The first block that a backward comes to: those below share one set of `saved`.
+    first: usize,
     /// Residual stream, f32 `[capacity, d]`.
     x: B::Buffer,
     ids: B::Buffer,
@@ -144,6 +148,11 @@ impl<B: Backend> Narrowed<B> {
         };
         Ok(old)
     }
+}
+
+/// Which set of `saved` block `l` has where `first` is the first block of a backward.
+fn set_of(l: usize, first: usize, sets: usize) -> usize {
+    if sets == 1 { 0 } else { (l + usize::from(first > 0)).saturating_sub(first) }
 }
 
 struct BackwardBuffers<B: Backend> {
@@ -354,7 +363,12 @@ impl<B: Backend> Llama<B> {
         let f32s = |cols: usize| -> Result<B::Buffer> { Ok(backend.uninit(Dtype::F32, n * cols)?) };
         let training = matches!(purpose, Purpose::Training(_));
         let dora = lora.is_some_and(|l| l.dora.is_some());
-        let sets = if purpose == Purpose::Training(Checkpointing::None) { self.layers.len() } else { 1 };
+        let layers = self.layers.len();
+        let first = lora.and_then(Lora::first_layer).unwrap_or(0);
+        let sets = match purpose {
+            Purpose::Training(Checkpointing::None) => layers - first + usize::from(first > 0),
+            _ => 1,
+        };
         let mut saved = Vec::with_capacity(sets);
         for _ in 0..sets {
             let norm_input =
@@ -373,7 +387,7 @@ impl<B: Backend> Llama<B> {
             });
         }
         let block_inputs = if purpose == Purpose::Training(Checkpointing::Block) {
-            (0..self.layers.len()).map(|_| f32s(d)).collect::<Result<_>>()?
+            (0..layers).map(|l| f32s(if l < first { 0 } else { d })).collect::<Result<_>>()?
         } else {
             Vec::new()
         };
@@ -394,6 +408,7 @@ impl<B: Backend> Llama<B> {
         Ok(Workspace {
             capacity,
             purpose,
+            first,
             x: f32s(d)?,
             ids: backend.zeros(Dtype::U32, n)?,
             positions: backend.zeros(Dtype::U32, n)?,
@@ -473,8 +488,8 @@ impl<B: Backend> Llama<B> {
         let (n, d, f) = (layout.q_rows(), c.hidden_size, c.intermediate_size);
         let (q_dim, kv_dim, qkv_dim) = (self.q_dim(), self.kv_dim(), self.qkv_dim());
         let layer = &self.layers[l];
-        let training = ws.purpose != Purpose::Inference;
-        let set = if ws.saved.len() > 1 { l } else { 0 };
+        let training = ws.purpose != Purpose::Inference && l >= ws.first;
+        let set = set_of(l, ws.first, ws.saved.len());
         let Workspace { x, positions, saved, y, h, x_hat, narrowed, .. } = ws;
         let s = &mut saved[set];
         let at = |site| SiteAt { model: c, layer: l, site, random };
@@ -648,8 +663,12 @@ impl<B: Backend> Llama<B> {
             neftune::add_noise(backend, layout, pass.neftune_alpha, random, x)?;
         }
         let block = ws.purpose == Purpose::Training(Checkpointing::Block);
+        let Some(first) = lora.first_layer() else {
+            return Err(Error::Invalid("there is nothing to train: the adapter has no factors".into()));
+        };
+        assert!(ws.first <= first, "the workspace is one of another adapter");
         for layer in 0..self.layers.len() {
-            if block {
+            if block && layer >= first {
                 backend.copy(Mat::new(&ws.x, n, d), MatMut::new(&mut ws.block_inputs[layer], n, d))?;
             }
             self.forward_layer(backend, &LayerPass { layer, layout, rows, lora: Some(lora), random }, None, ws)?;
@@ -657,13 +676,13 @@ impl<B: Backend> Llama<B> {
         let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, batch.label_rows.len(), true)?;
         let loss = self.label_loss(backend, batch, pass.label_smoothing, Some(pass.loss_scale), &mut head, ws)?;
         ws.head = Some(head);
-        for layer in (0..self.layers.len()).rev() {
+        for layer in (first..self.layers.len()).rev() {
             let forward = LayerPass { layer, layout, rows, lora: Some(&*lora), random };
             if block {
                 backend.copy(Mat::new(&ws.block_inputs[layer], n, d), MatMut::new(&mut ws.x, n, d))?;
                 self.forward_layer(backend, &forward, None, ws)?;
             }
-            self.backward_layer(backend, layer, rows, layout, random, lora, ws)?;
+            self.backward_layer(backend, layer, layer == first, rows, layout, random, lora, ws)?;
         }
         Ok(loss)
     }
@@ -713,10 +732,12 @@ impl<B: Backend> Llama<B> {
         Ok(BatchLoss { rows: losses })
     }
 
+    /// `is_last`: nobody asks for the gradient of the block's input.
     fn backward_layer(
         &self,
         backend: &B,
         l: usize,
+        is_last: bool,
         rows: &[u32],
         layout: &AttentionLayout,
         random: Option<(u64, u32)>,
@@ -729,7 +750,7 @@ impl<B: Backend> Llama<B> {
         let n = rows.map_or(all, <[u32]>::len);
         let (q_dim, kv_dim, qkv_dim) = (self.q_dim(), self.kv_dim(), self.qkv_dim());
         let layer = &self.layers[l];
-        let set = if ws.saved.len() > 1 { l } else { 0 };
+        let set = set_of(l, ws.first, ws.saved.len());
         let Workspace { positions, saved, y, h, x_hat, backward, narrowed, .. } = ws;
         let s = &mut saved[set];
         let Some(BackwardBuffers { dx, dt, d_attention, dqkv, dh, d_gate_up, du, unrotated }) = backward else {
@@ -826,9 +847,7 @@ impl<B: Backend> Llama<B> {
         }
         let w = &layer.input_norm;
         backend.rms_norm(Mat::new(&s.x1, n, d), w, c.rms_norm_eps, MatMut::new(y, n, d), &mut s.inv1)?;
-        // Nothing below the first block is trained: its input needs no gradient.
-        let first = l == 0;
-        if !first {
+        if !is_last {
             backend.linear_backward(Mat::new(dqkv, n, qkv_dim), &layer.qkv, false, MatMut::new(dt, n, d))?;
         }
         lora.backward(
@@ -838,9 +857,9 @@ impl<B: Backend> Llama<B> {
             &s.u[0],
             Mat::new(dqkv, n, qkv_dim),
             BackwardScratch { du, x_hat },
-            (!first).then_some(MatMut::new(dt, n, d)),
+            (!is_last).then_some(MatMut::new(dt, n, d)),
         )?;
-        if !first {
+        if !is_last {
             backend.rms_norm_backward(Mat::new(dt, n, d), Mat::new(&s.x1, n, d), w, &s.inv1, MatMut::new(dx, n, d))?;
         }
         Ok(())

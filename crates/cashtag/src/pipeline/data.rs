@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow, bail};
 use cashtag_corpus::formats::data_files;
 use cashtag_corpus::{
-    Example, LabelMap, ReadOptions, SplitOptions, balanced_sample, builtin_split, read_examples_reported,
+    Example, LabelMap, ReadOptions, SplitOptions, balanced_sample, builtin_split, quick_sample, read_examples_reported,
     split_examples,
 };
 
@@ -109,8 +109,11 @@ pub(crate) fn load(settings: &Settings, reading: &Reading, default: Portions) ->
         held_out = read(&resolve(&path.to_string_lossy())?, reading, &labels)?;
     }
     let portion = |said: Option<usize>, default: Option<usize>| said.or(default.filter(|_| !d.full));
-    if let Some(n) = portion(d.train_examples.filter(|_| !d.full), default.train).filter(|&n| n < train.len()) {
-        train = balanced_sample(&train, n, seed);
+    let said = d.train_examples.filter(|_| !d.full);
+    if let Some(n) = portion(said, default.train).filter(|&n| n < train.len()) {
+        // Whoever asks for a number, or brings data, means a fair part of them.
+        let is_quick = said.is_none() && matches!(d.source, DataSource::Builtin);
+        train = if is_quick { quick_sample(&train, n, seed) } else { balanced_sample(&train, n, seed) };
     }
     if let Some(n) = portion(d.eval_examples, default.held_out).filter(|&n| n < held_out.len()) {
         // In the proportions of the whole, so that the figures estimate those of the whole.

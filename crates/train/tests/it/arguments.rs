@@ -436,6 +436,48 @@ fn recomputed_blocks_give_the_same_bits() {
     }
 }
 
+/// Factors on the upper blocks alone: the backward ends at the first of them, and their gradients are those that they get beside factors
+/// below which do nothing.
+#[test]
+fn a_backward_ends_at_the_first_block_with_factors() {
+    for (precision, use_dora) in [(Precision::F32, false), (Precision::F32, true), (Precision::best(), false)] {
+        let tiny = Tiny::new(precision);
+        let layers = tiny.model.config().num_hidden_layers;
+        for first in 1..layers {
+            let config = LoraConfig { use_dora, ..Tiny::lora_config() };
+            let mut all = lively(&tiny, config.clone());
+            let upper = LoraConfig { layers_to_transform: Some((first..layers).collect()), ..config };
+            let mut upper = lively(&tiny, upper);
+            assert_eq!((all.first_layer(), upper.first_layer()), (Some(0), Some(first)));
+            // The same factors above; below, B is zero.
+            tiny.model.prepare(&tiny.backend, &mut upper).unwrap();
+            for ((name, all), (_, upper)) in all.groups_mut().zip(upper.groups_mut()) {
+                let mut values: Vec<f32> = all.download(&tiny.backend).unwrap();
+                let below = all.len - upper.len;
+                if name == "b" {
+                    values[..below].fill(0.0);
+                    all.upload(&tiny.backend, &values).unwrap();
+                }
+                upper.upload(&tiny.backend, &values[below..]).unwrap();
+            }
+            for checkpointing in [Checkpointing::None, Checkpointing::Block] {
+                let pass = TrainPass { random: Some((7, 3)), ..PLAIN };
+                let (loss, expected) = gradient(&tiny, &mut all, &tiny.examples, pass, checkpointing);
+                let (found_loss, found) = gradient(&tiny, &mut upper, &tiny.examples, pass, checkpointing);
+                assert_eq!(found_loss, loss);
+                let mut above: Vec<f32> = Vec::new();
+                let mut at = 0;
+                for ((_, all), (_, upper)) in all.groups().zip(upper.groups()) {
+                    above.extend(&expected[at + all.len - upper.len..at + all.len]);
+                    at += all.len;
+                }
+                assert_eq!(found, above, "{precision:?} from block {first}");
+                assert!(found.iter().any(|g| *g != 0.0));
+            }
+        }
+    }
+}
+
 /// A weight multiplies an example's loss and gradient; 0 takes it out.
 #[test]
 fn class_weights_weigh() {
