@@ -75,10 +75,14 @@ test-tools:
 	@scripts/test-tools.sh $(TEST_TOOLS)
 
 # One build, the program among it: `make build` before it would build every crate once more, because what the tests depend on
-# asks the crates that both use for more features. What a machine cannot test says so in a line "skipped: why"; the lines are
-# listed at the end.
-test: toolchain web-tools nvrtc test-tools
-	$(CARGO) test --release --locked --workspace --no-run
+# asks the crates that both use for more features. The tools for the tests are fetched meanwhile. What a machine cannot test says
+# so in a line "skipped: why"; the lines are listed at the end.
+test: toolchain web-tools
+	@mkdir -p $(BUILD)
+	@$(MAKE) --no-print-directory nvrtc test-tools >$(BUILD)/test-tools.log 2>&1 & tools=$$!; \
+	echo '$(CARGO) test --release --locked --workspace --no-run'; \
+	$(CARGO) test --release --locked --workspace --no-run; built=$$?; \
+	wait $$tools; fetched=$$?; cat $(BUILD)/test-tools.log; exit $$((built ? built : fetched))
 	$(CASHTAG) pull smollm2-135m
 	@$(CASHTAG) doctor
 	set -o pipefail; export CASHTAG_CUDA_LIBS=$(NVRTC_FOLDER)/nvidia/cu13/lib; \

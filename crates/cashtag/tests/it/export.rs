@@ -96,13 +96,13 @@ fn all_linear() -> LoraConfig {
 
 /// Our own probabilities, in f32.
 fn ours(context: &Context, adapter: &Path, texts: &[&str]) -> Vec<Vec<f64>> {
-    ours_asked(context, adapter, SYSTEM, texts)
+    ours_of(context, "--adapter", adapter, SYSTEM, texts)
 }
 
-fn ours_asked(context: &Context, adapter: &Path, system: &str, texts: &[&str]) -> Vec<Vec<f64>> {
-    let adapter = adapter.display().to_string();
-    let args =
-        ["predict", "-", "--json", "-q", "--precision", "f32", "--system-message", system, "--adapter", &adapter];
+/// What `predict` with this adapter or this model says.
+fn ours_of(context: &Context, flag: &str, path: &Path, system: &str, texts: &[&str]) -> Vec<Vec<f64>> {
+    let path = path.display().to_string();
+    let args = ["predict", "-", "--json", "-q", "--precision", "f32", "--system-message", system, flag, &path];
     let mut child =
         context.command(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all((texts.join("\n") + "\n").as_bytes()).unwrap();
@@ -267,8 +267,9 @@ fn corpus_texts(count: usize) -> Vec<String> {
     texts
 }
 
-/// An adapter that was trained, in every form of GGUF: llama.cpp gives the same labels. `CASHTAG_TEST_ADAPTER` names the adapter of a run;
-/// without it one is trained for 60 steps, which leaves many texts near a tie.
+/// An adapter that was trained, in every form of GGUF: llama.cpp gives the labels that we give with the same file, and with 16 and 8
+/// bits those of the adapter (where a quantisation moves a text that is close to a tie, it may fall on the other side).
+/// `CASHTAG_TEST_ADAPTER` names the adapter of a run; without it one is trained for 60 steps, which leaves many texts near a tie.
 #[test]
 #[ignore = "minutes: it trains"]
 fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
@@ -298,8 +299,10 @@ fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
     }
     export(&context, &["--to", "gguf-lora", "--adapter", &name, "--out", "lora.gguf"]);
     // llama.cpp knows nothing of the temperature.
-    let own: Vec<Vec<f64>> =
-        ours_asked(&context, &adapter, system, &texts).iter().map(|row| without_temperature(row, temperature)).collect();
+    let own: Vec<Vec<f64>> = ours_of(&context, "--adapter", &adapter, system, &texts)
+        .iter()
+        .map(|row| without_temperature(row, temperature))
+        .collect();
     let files: BTreeMap<&str, String> = kinds.into_iter().map(|k| (k, path(&format!("{k}.gguf")))).collect();
     let job = json!({
         "model": model.display().to_string(), "system": system, "labels": LABELS, "texts": texts,
@@ -313,18 +316,37 @@ fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
         (0..LABELS.len()).map(|label| rows.iter().filter(|r| best(r) == label).count()).collect()
     };
     println!("labels of {COUNT} texts: {:?}", counts(&own));
-    for (name, least) in [("f16", 0.98), ("q8_0", 0.97), ("q4_0", 0.85), ("gguf-lora", 0.97)] {
+    // Shares of labels that must be the same: as the file's by us, as the adapter's.
+    for (name, of_file, of_adapter) in
+        [("f16", 0.97, 0.97), ("q8_0", 0.94, 0.92), ("q4_0", 0.92, 0.6), ("gguf-lora", 0.94, 0.94)]
+    {
         let found = rows(&said[name]);
-        let same = own.iter().zip(&found).filter(|(a, b)| best(a) == best(b)).count();
-        let mut far: Vec<f64> =
-            own.iter().zip(&found).map(|(a, b)| distance(std::slice::from_ref(a), std::slice::from_ref(b))).collect();
-        far.sort_by(f64::total_cmp);
-        let median = far[COUNT / 2];
-        println!(
-            "{name}: {same} of {COUNT} labels are the same; probabilities differ by {median:.4} (median), {:.4} at most",
-            far[COUNT - 1]
-        );
-        assert!(same as f64 >= least * COUNT as f64, "{name}: {same}, {:?} for {:?}", counts(&found), counts(&own));
+        let by_us = match files.get(name) {
+            Some(file) => ours_of(&context, "--model", Path::new(file), system, &texts),
+            None => own.clone(),
+        };
+        for (whom, expected, least) in [("we with the file", &by_us, of_file), ("we with the adapter", &own, of_adapter)] {
+            let differ = || expected.iter().zip(&found).filter(|(a, b)| best(a) != best(b)).map(|(a, _)| lead(a));
+            let same = COUNT - differ().count();
+            let mut far: Vec<f64> = expected
+                .iter()
+                .zip(&found)
+                .map(|(a, b)| distance(std::slice::from_ref(a), std::slice::from_ref(b)))
+                .collect();
+            far.sort_by(f64::total_cmp);
+            let widest = differ().fold(0.0, f64::max);
+            println!(
+                "{name}, as {whom}: {same} of {COUNT} labels; probabilities differ by {:.4} (median), {:.4} at most; the others led by {widest:.3} at most",
+                far[COUNT / 2],
+                far[COUNT - 1],
+            );
+            assert!(
+                same as f64 >= least * COUNT as f64,
+                "{name}, as {whom}: {same}, {:?} for {:?}",
+                counts(&found),
+                counts(expected)
+            );
+        }
     }
 }
 
