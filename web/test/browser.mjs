@@ -4,6 +4,7 @@
 //   node test/browser.mjs                      on the development server (word-list scores, shapes of the real API)
 //   node test/browser.mjs --url http://127.0.0.1:8080 [--key KEY]    on a running `cashtag live`
 //   node test/browser.mjs --url … --only frames     frames per second under the load that a running process has
+//   node test/browser.mjs … --min-frames 50         fewer are a failure even where the machine is busy with other things
 //   node test/browser.mjs --only keyboard,axe
 import { readFileSync } from "node:fs";
 import { cpus, loadavg } from "node:os";
@@ -11,10 +12,19 @@ import { createRequire } from "node:module";
 import { parseArgs } from "node:util";
 import { check, chromiumOrSkip, equal, finish, open, serve, summary, test } from "./harness.mjs";
 
-const { values: args } = parseArgs({ options: { url: { type: "string" }, key: { type: "string" }, only: { type: "string" } } });
+const text = { type: "string" };
+const { values: args } = parseArgs({ options: { url: text, key: text, only: text, "min-frames": text } });
 const only = args.only?.split(",");
+const asked = args["min-frames"];
+const least = Number(asked ?? 50);
+if (!(least > 0)) {
+  console.error(`error: --min-frames: expected a number above 0, found ${JSON.stringify(asked)}`);
+  process.exit(2);
+}
 const wanted = (name) => !only || only.includes(name);
-chromiumOrSkip();
+// Whoever asks for a figure is not told that all passed without one.
+const counts = asked !== undefined || (args.url ? only?.includes("frames") : wanted("frames"));
+chromiumOrSkip(asked !== undefined);
 
 const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const VIEWS = ["#/", "#/ticker/HLXN", "#/sector/technology", "#/tickers", "#/try", "#/quality", "#/nowhere"];
@@ -278,7 +288,7 @@ if (!args.url) {
 }
 
 // On a running pipeline only if asked for: whoever runs it makes the load.
-if (args.url ? only?.includes("frames") : wanted("frames")) await test("500 tickers and 100 posts a second", async () => {
+if (counts) await test("500 tickers and 100 posts a second", async () => {
   const server = args.url ? main : await serve("--load", "100", "--tickers", "500");
   const { page, close } = await visit(server);
   await page.waitForSelector(".tile");
@@ -290,16 +300,16 @@ if (args.url ? only?.includes("frames") : wanted("frames")) await test("500 tick
     await session.send("Performance.enable");
     const value = async (name) => (await session.send("Performance.getMetrics")).metrics.find((m) => m.name === name).value;
     const [task, started] = [await value("TaskDuration"), performance.now()];
-    const gaps = await page.evaluate(() => new Promise((resolve) => {
+    const gaps = await page.evaluate((time) => new Promise((resolve) => {
       const times = [];
       const start = performance.now();
       const step = (now) => {
         times.push(now);
-        if (now - start < 8000) requestAnimationFrame(step);
+        if (now - start < time) requestAnimationFrame(step);
         else resolve(times.slice(1).map((t, i) => t - times[i]));
       };
       requestAnimationFrame(step);
-    }));
+    }), asked !== undefined ? 8000 : 4000);
     const work = ((await value("TaskDuration")) - task) / ((performance.now() - started) / 1000);
     const total = gaps.reduce((a, b) => a + b, 0);
     const fps = (1000 * gaps.length) / total;
@@ -308,8 +318,9 @@ if (args.url ? only?.includes("frames") : wanted("frames")) await test("500 tick
     console.log(`        ${line}`);
     const nodes = await page.evaluate(() => document.querySelectorAll("*").length);
     check(nodes < 4000, `${nodes} elements: the list is not virtual`);
-    // The figure is the machine's as much as the page's: on one that is busy with other things it says nothing.
-    if (busy < 0.75 * cpus().length) check(fps > 50, line);
+    // The figure is the machine's as much as the page's: on one that is busy with other things it says nothing, unless
+    // somebody asks for it.
+    if (asked !== undefined || busy < 0.75 * cpus().length) check(fps >= least, `${line}; expected at least ${least}`);
     else console.log(`skipped: frames/s of ${view}: the machine is busy with other things (load ${busy.toFixed(1)})`);
   }
   await close();

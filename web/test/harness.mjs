@@ -14,8 +14,12 @@ const CHROMIUM = named
   .flatMap((name) => (name.includes("/") ? [name] : (process.env.PATH ?? "").split(delimiter).map((folder) => join(folder, name))))
   .find(existsSync);
 
-export function chromiumOrSkip() {
+export function chromiumOrSkip(needed = false) {
   if (CHROMIUM) return;
+  if (needed) {
+    console.error("error: there is no Chromium\nhint: apt install chromium, or set CHROMIUM");
+    process.exit(1);
+  }
   console.log("skipped: no Chromium (apt install chromium, or set CHROMIUM)");
   process.exit(0);
 }

@@ -43,7 +43,7 @@ export function postNode(p: Post, options: { behind?: boolean } = {}): HTMLEleme
   const chips: Child[] = [
     options.behind ? h("span", { class: "chip strong", title: "One of the posts with the most weight in this window" }, "behind the score") : null,
     p.is_copy_of ? h("span", { class: "chip", title: `Copy or retweet of ${p.is_copy_of}` }, "copy") : null,
-    p.too_late ? h("span", { class: "chip", title: "Came after its windows were final: kept, not counted" }, "too late") : null,
+    p.too_late ? h("span", { class: "chip", title: "Came after a window of its time was final: not counted there" }, "too late") : null,
     p.damped ? h("span", { class: "chip", title: "One author's burst: counted with less weight" }, "damped") : null,
     finite(p.weight) !== null && Math.abs(p.weight - 1) > 1e-6 ? h("span", { class: "chip", title: "Weight in the score" }, `weight ${p.weight.toFixed(2)}`) : null,
   ];

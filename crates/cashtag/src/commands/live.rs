@@ -152,7 +152,7 @@ struct Signals {
     #[arg(long, value_name = "URL", env = "CASHTAG_LIVE_STORE", hide_env = true)]
     store: Option<String>,
     /// How long after its end a window takes posts
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = duration)]
     allowed_lateness: Duration,
     /// How far a source may be out of order
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]

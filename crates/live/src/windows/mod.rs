@@ -113,7 +113,7 @@ pub struct WindowOptions {
 
 impl Default for WindowOptions {
     fn default() -> Self {
-        Self { allowed_lateness: HOUR, allowed_disorder: 10 * SECOND, thin: Thin::default(), max_series: 20_000 }
+        Self { allowed_lateness: 10 * MINUTE, allowed_disorder: 10 * SECOND, thin: Thin::default(), max_series: 20_000 }
     }
 }
 

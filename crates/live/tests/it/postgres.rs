@@ -185,11 +185,18 @@ fn one_writer_one_log_one_version() {
     drop(first);
     let other = refused(&here, "another");
     assert!(other.contains("belongs to another data directory"), "{other}");
-    assert_eq!(server.sql(&database, "SELECT array_agg(version) FROM cashtag.schema_version"), "{1}");
+    // A store of the version before.
+    let versions = || server.sql(&database, "SELECT array_agg(version) FROM cashtag.schema_version");
+    let checks = || server.sql(&database, "SELECT count(*) FROM pg_constraint WHERE conname = 'posts_model_fkey'");
+    let before = "ALTER TABLE cashtag.posts ADD CONSTRAINT posts_model_fkey FOREIGN KEY (model) REFERENCES cashtag.models; \
+                  DELETE FROM cashtag.schema_version WHERE version = 2";
+    server.sql(&database, before);
+    assert_eq!((&*versions(), &*checks()), ("{1}", "1"));
     drop(open(&here, "one").unwrap());
+    assert_eq!((&*versions(), &*checks()), ("{1,2}", "0"));
     server.sql(&database, "INSERT INTO cashtag.schema_version VALUES (99)");
     for newer in [refused(&here, "one"), here.reader().err().unwrap().to_string()] {
-        assert!(newer.contains("version 1 or older, found 99"), "{newer}");
+        assert!(newer.contains("version 2 or older, found 99"), "{newer}");
     }
 }
 

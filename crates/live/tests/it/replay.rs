@@ -8,6 +8,8 @@ use arrow_array::{ArrayRef, RecordBatch, StringArray, TimestampMillisecondArray}
 
 use cashtag_live::sources::Source;
 use cashtag_live::sources::file::{Replay, Speed};
+use cashtag_live::store::PostFilter;
+use cashtag_live::windows::{Scope, Window};
 use parquet::arrow::ArrowWriter;
 
 use crate::oracle::{Given, assert_same, lines, stream};
@@ -22,6 +24,7 @@ on_both!(
     windows_of_a_file_are_what_the_file_says,
     a_file_that_grew_goes_on_behind_what_was_read,
     lines_that_are_none_become_dead_letters_and_the_rest_counts,
+    what_is_later_than_ten_minutes_is_kept_and_marked,
 );
 
 fn windows_of_a_file_are_what_the_file_says(place: &Place) {
@@ -98,6 +101,43 @@ fn lines_that_are_none_become_dead_letters_and_the_rest_counts(place: &Place) {
     }
     assert!(reasons.iter().any(|r| r.contains("tastes bad")));
     assert!(letters.iter().all(|l| l["raw"].as_str().unwrap().chars().count() <= 500));
+}
+
+/// With what is allowed unless one says otherwise: ten minutes after a window's end, ten seconds of disorder.
+fn what_is_later_than_ten_minutes_is_kept_and_marked(place: &Place) {
+    const MINUTE: i64 = 60_000;
+    let start = 1_764_320_400_000; // of an hour
+    let given = |id: &str, minute: i64| Given {
+        id: id.to_owned(),
+        author: format!("author of {id}"),
+        time: start + minute * MINUTE,
+        text: format!("$AAA goes up, says note {id}, which is nobody's copy"),
+    };
+    let mut posts: Vec<Given> = (0..30).map(|m| given(&format!("in time {m}"), m)).collect();
+    posts.extend([given("late", 18), given("too late for its minute", 17), given("and its five", 1)]);
+    let path = write(place.dir.path(), "day.jsonl", &lines(&posts));
+    let summary = run_to_end(place.options(), replay(path)).unwrap();
+    assert_eq!(summary.shared.counters.too_late.load(Ordering::Relaxed), 2);
+    let reader = place.location.reader().unwrap();
+    let kept = reader.posts(&PostFilter { limit: 100, ..PostFilter::default() }).unwrap();
+    assert_eq!(kept.len(), 33);
+    let mut marked: Vec<&str> =
+        kept.iter().filter(|p| p["too_late"] == true).map(|p| p["id"].as_str().unwrap()).collect();
+    marked.sort_unstable();
+    assert_eq!(marked, ["and its five", "too late for its minute"]);
+    for (window, minute, mentions) in [
+        (Window::M1, 18, 2),
+        (Window::M1, 17, 1),
+        (Window::M1, 1, 1),
+        (Window::M5, 15, 7),
+        (Window::M5, 0, 5),
+        (Window::H1, 0, 33),
+    ] {
+        let at = start + minute * MINUTE;
+        let found = reader.history(Scope::Ticker, "AAA", window, (at, at + 1), 9).unwrap();
+        let found: Vec<_> = found.iter().map(|s| (s.start, s.values.mentions)).collect();
+        assert_eq!(found, [(at, mentions)], "{} of minute {minute}", window.name());
+    }
 }
 
 #[test]

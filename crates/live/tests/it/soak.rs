@@ -1,8 +1,8 @@
 //! Whether memory stays where it is: a process that takes posts without end, watched from outside.
 //!
 //! `CASHTAG_LIVE_SOAK=3600 CASHTAG_LIVE_RATE=100` make it an hour at 100 posts a second; without them it is a few seconds as
-//! fast as it goes, in which only the counting is checked. Windows are open for an hour after their end and fill memory for as
-//! long; `CASHTAG_LIVE_LATENESS=600` (seconds) makes that ten minutes.
+//! fast as it goes, in which only the counting is checked. Windows are open for ten minutes after their end and fill memory for
+//! as long; `CASHTAG_LIVE_LATENESS=3600` (seconds) makes that an hour.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;

@@ -19,6 +19,7 @@ use crate::rig::Pure;
 
 on_both!(
     a_batch_is_there_as_a_whole_and_once,
+    one_post_that_is_there_already_keeps_no_other_out,
     a_restart_finds_what_it_needs,
     hostile_texts_come_back_as_they_were,
     forgetting_takes_what_is_old_and_nothing_else,
@@ -180,6 +181,32 @@ fn a_batch_is_there_as_a_whole_and_once(place: &Place) {
     let version = Pure::default().info().version();
     assert_eq!(reader(place).known(&asked, &version).unwrap(), known);
     assert!(reader(place).known(&asked, "another").unwrap().is_empty());
+}
+
+fn one_post_that_is_there_already_keeps_no_other_out(place: &Place) {
+    let mut store = open(place);
+    store.commit(&batch(vec![post(2, "$AAA first")], Vec::new(), 3)).unwrap();
+    // More than one statement takes, one of them known by its number, one by its id; and one with the same ticker twice.
+    let mut many: Vec<ScoredPost> = (10..6_010).map(|n| post(n, "$AAA later")).collect();
+    many[2_500].seq = 2;
+    many[5_700].post.id = "id 2".into();
+    let twice = many[0].tickers[0].clone();
+    many[0].tickers.push(twice);
+    store.commit(&batch(many, Vec::new(), 6_010)).unwrap();
+    let reader = reader(place);
+    assert_eq!(reader.post_count().unwrap(), 5_999);
+    let filter =
+        |before| PostFilter { ticker: Some("AAA".into()), before: Some(before), limit: 2, ..PostFilter::default() };
+    for (before, want) in [(11, [10, 2]), (2_511, [2_509, 2_508]), (5_711, [5_709, 5_708]), (9_999, [6_009, 6_008])] {
+        let found: Vec<u64> =
+            reader.posts(&filter(before)).unwrap().iter().map(|p| p["seq"].as_u64().unwrap()).collect();
+        assert_eq!(found, want, "before {before}");
+    }
+    let first = &reader.posts(&filter(3)).unwrap()[0];
+    assert_eq!((first["id"].as_str(), first["text"].as_str()), (Some("id 2"), Some("$AAA first")));
+    // The next one goes the short way again.
+    store.commit(&batch(vec![post(7_000, "$AAA last")], Vec::new(), 7_001)).unwrap();
+    assert_eq!(reader.post_count().unwrap(), 6_000);
 }
 
 fn a_restart_finds_what_it_needs(place: &Place) {

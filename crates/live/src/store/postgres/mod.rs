@@ -27,7 +27,7 @@ use crate::time::Millis;
 use crate::windows::{Signal, Window};
 
 /// Each is applied once, in its order; what is published never changes.
-const MIGRATIONS: &[(i32, &str)] = &[(1, include_str!("schema_001.sql"))];
+const MIGRATIONS: &[(i32, &str)] = &[(1, include_str!("schema_001.sql")), (2, include_str!("schema_002.sql"))];
 /// How long a start waits for the lock of a process that has just been killed.
 const LOCK: Duration = Duration::from_secs(10);
 /// Rows that one transaction of [`Store::forget`] removes.

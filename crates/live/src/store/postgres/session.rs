@@ -10,8 +10,10 @@ use std::io;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use bytes::{BufMut, BytesMut};
+use futures_util::{SinkExt, StreamExt};
 use tokio::runtime::Runtime;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, Statement};
 
@@ -23,6 +25,8 @@ use crate::error::{Error, Result};
 const CONNECT: Duration = Duration::from_secs(10);
 /// For one statement. A checkpoint of 20,000 posts takes far less.
 const STATEMENT: Duration = Duration::from_secs(60);
+/// So many bytes are sent at a time while rows are copied.
+const PIECE: usize = 64 << 10;
 
 pub(super) struct Session {
     client: Client,
@@ -31,6 +35,23 @@ pub(super) struct Session {
 }
 
 type Params<'a> = &'a [&'a (dyn ToSql + Sync)];
+
+/// The fields of a row that is copied, in PostgreSQL's binary format: numbers are big-endian, texts and json are their bytes.
+/// The server checks how many there are, and the width of each.
+pub(super) struct Fields(BytesMut);
+
+impl Fields {
+    pub(super) fn put(&mut self, value: impl AsRef<[u8]>) {
+        self.maybe(Some(value));
+    }
+
+    pub(super) fn maybe(&mut self, value: Option<impl AsRef<[u8]>>) {
+        let Some(value) = value else { return self.0.put_i32(-1) };
+        let value = value.as_ref();
+        self.0.put_i32(value.len() as i32);
+        self.0.put_slice(value);
+    }
+}
 
 fn runtime(place: &str) -> Result<&'static Runtime> {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -101,6 +122,39 @@ impl Session {
             each(&row).map_err(|e| self.wrong(&e))?;
         }
         Ok(())
+    }
+
+    /// Adds rows by `COPY … FROM STDIN (FORMAT binary)`, the server at work on the first while the last are encoded. False if
+    /// it has one of them already; then none was added, and the transaction goes on from a savepoint only.
+    pub(super) fn copy<T>(
+        &self,
+        sql: &'static str,
+        fields: i16,
+        rows: &[T],
+        encode: impl Fn(&T, &mut Fields),
+    ) -> Result<bool> {
+        let statement = self.prepare(sql)?;
+        let copying = async {
+            let mut sink = std::pin::pin!(self.client.copy_in(&statement).await?);
+            let mut out = Fields(BytesMut::with_capacity(2 * PIECE));
+            out.0.put_slice(b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0");
+            for row in rows {
+                out.0.put_i16(fields);
+                encode(row, &mut out);
+                if out.0.len() >= PIECE {
+                    sink.send(out.0.split().freeze()).await?;
+                }
+            }
+            out.0.put_i16(-1);
+            sink.send(out.0.freeze()).await?;
+            sink.finish().await
+        };
+        self.wait(async {
+            match copying.await {
+                Err(e) if e.code() == Some(&SqlState::UNIQUE_VIOLATION) => Ok(false),
+                outcome => outcome.map(|_| true),
+            }
+        })
     }
 
     pub(super) fn wrong(&self, error: &tokio_postgres::Error) -> Error {

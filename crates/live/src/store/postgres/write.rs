@@ -1,9 +1,9 @@
-//! A batch as a few statements, each with the columns of many rows as arrays.
+//! A batch as a few statements: posts are copied, of everything else the columns of many rows are arrays.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use super::session::Session;
+use super::session::{Fields, Session};
 use crate::error::Result;
 use crate::post::ScoredPost;
 use crate::store::{Alert, Batch, Checkpoint, DeadLetter, MAX_DEAD_LETTERS, StoreOptions};
@@ -62,82 +62,88 @@ pub(super) fn batch(session: &Session, batch: &Batch, model: i32, options: Store
     checkpoint(session, &batch.checkpoint)
 }
 
-fn posts(session: &Session, posts: &[(&ScoredPost, u64)], batch: &Batch, model: i32, with_text: bool) -> Result<()> {
-    fn column<'a, T>(posts: &[(&'a ScoredPost, u64)], of: impl Fn(&'a ScoredPost) -> T) -> Vec<T> {
-        posts.iter().map(|(p, _)| of(p)).collect()
+/// A table that rows are copied into, and the way around those that it has already.
+struct Table {
+    fields: i16,
+    copy: &'static str,
+    aside: &'static str,
+    copy_aside: &'static str,
+    merge: &'static str,
+}
+
+const POSTS: Table = Table {
+    fields: 22,
+    copy: "COPY posts FROM STDIN (FORMAT binary)",
+    aside: "ROLLBACK TO copying; CREATE TEMP TABLE IF NOT EXISTS posts_aside (LIKE posts) ON COMMIT DELETE ROWS; \
+            TRUNCATE posts_aside",
+    copy_aside: "COPY posts_aside FROM STDIN (FORMAT binary)",
+    merge: "INSERT INTO posts SELECT * FROM posts_aside ON CONFLICT DO NOTHING",
+};
+const POST_KEYS: Table = Table {
+    fields: 3,
+    copy: "COPY post_keys FROM STDIN (FORMAT binary)",
+    aside: "ROLLBACK TO copying; CREATE TEMP TABLE IF NOT EXISTS post_keys_aside (LIKE post_keys) ON COMMIT DELETE ROWS; \
+            TRUNCATE post_keys_aside",
+    copy_aside: "COPY post_keys_aside FROM STDIN (FORMAT binary)",
+    merge: "INSERT INTO post_keys SELECT * FROM post_keys_aside ON CONFLICT DO NOTHING",
+};
+
+/// Adds the rows that are not there. All of them are new unless something is wrong, and COPY takes half the time of an INSERT
+/// that looks for conflicts; so that comes second.
+fn add<T>(session: &Session, table: &Table, rows: &[T], encode: impl Fn(&T, &mut Fields)) -> Result<()> {
+    if rows.is_empty() {
+        return Ok(());
     }
-    let seqs = column(posts, |p| p.seq as i64);
-    let identities: Vec<[u8; 16]> = column(posts, |p| p.post.identity().to_le_bytes());
-    let identities: Vec<&[u8]> = identities.iter().map(|i| &i[..]).collect();
-    let sources = column(posts, |p| clean(&p.post.source));
-    let ids = column(posts, |p| clean(&p.post.id));
-    let authors = column(posts, |p| clean(&p.post.author));
-    let event_times = column(posts, |p| p.post.event_time);
-    let received = column(posts, |p| p.post.received_at);
-    let scored = column(posts, |p| p.scored_at);
-    let texts = column(posts, |p| with_text.then(|| clean(&p.post.text)));
-    let urls = column(posts, |p| p.post.url.as_deref().map(clean));
-    let copies = column(posts, |p| p.is_copy_of.as_deref().map(clean));
-    let damped = column(posts, |p| p.damped);
-    let too_late = column(posts, |p| p.too_late);
-    let weights = column(posts, |p| p.weight);
-    let fingerprints: Vec<i64> = posts.iter().map(|(_, f)| *f as i64).collect();
-    let tickers = column(posts, |p| json(&p.tickers));
-    let sectors = column(posts, |p| json(&p.sectors));
-    let probabilities = column(posts, |p| json(&p.probabilities));
-    let labels = column(posts, |p| p.label as i32);
-    let scores = column(posts, |p| p.score);
-    session.execute(
-        "INSERT INTO posts SELECT t.seq, t.identity, $1::integer, t.source, t.id, t.author, t.event_time, t.received_at, \
-         t.scored_at, $2::bigint, t.text, t.url, t.copy_of, t.damped, t.too_late, t.weight, t.fingerprint, \
-         t.tickers::json, t.sectors::json, t.probabilities::json, t.label, t.score \
-         FROM unnest($3::bigint[], $4::bytea[], $5::text[], $6::text[], $7::text[], $8::bigint[], $9::bigint[], \
-         $10::bigint[], $11::text[], $12::text[], $13::text[], $14::boolean[], $15::boolean[], \
-         $16::double precision[], $17::bigint[], $18::text[], $19::text[], $20::text[], $21::integer[], \
-         $22::double precision[]) AS t(seq, identity, source, id, author, event_time, received_at, scored_at, text, url, \
-         copy_of, damped, too_late, weight, fingerprint, tickers, sectors, probabilities, label, score) \
-         ON CONFLICT DO NOTHING",
-        &[
-            &model,
-            &batch.available_at,
-            &seqs,
-            &identities,
-            &sources,
-            &ids,
-            &authors,
-            &event_times,
-            &received,
-            &scored,
-            &texts,
-            &urls,
-            &copies,
-            &damped,
-            &too_late,
-            &weights,
-            &fingerprints,
-            &tickers,
-            &sectors,
-            &probabilities,
-            &labels,
-            &scores,
-        ],
-    )?;
-    let (mut scopes, mut keys, mut of) = (Vec::new(), Vec::new(), Vec::new());
-    for (post, _) in posts {
-        let tickers = post.tickers.iter().map(|t| (0i16, &*t.symbol));
-        for (scope, key) in tickers.chain(post.sectors.iter().map(|s| (1i16, &**s))) {
-            scopes.push(scope);
-            keys.push(clean(key));
-            of.push(post.seq as i64);
-        }
+    session.execute_all("SAVEPOINT copying")?;
+    if session.copy(table.copy, table.fields, rows, &encode)? {
+        return session.execute_all("RELEASE copying");
     }
-    if !keys.is_empty() {
-        session.execute(
-            "INSERT INTO post_keys SELECT * FROM unnest($1::smallint[], $2::text[], $3::bigint[]) ON CONFLICT DO NOTHING",
-            &[&scopes, &keys, &of],
-        )?;
-    }
+    session.execute_all(table.aside)?;
+    session.copy(table.copy_aside, table.fields, rows, &encode)?;
+    session.execute(table.merge, &[])?;
     Ok(())
+}
+
+fn posts(session: &Session, posts: &[(&ScoredPost, u64)], batch: &Batch, model: i32, with_text: bool) -> Result<()> {
+    // In the order of the table's columns.
+    add(session, &POSTS, posts, |(p, fingerprint), row| {
+        row.put((p.seq as i64).to_be_bytes());
+        row.put(p.post.identity().to_le_bytes());
+        row.put(model.to_be_bytes());
+        row.put(&*clean(&p.post.source));
+        row.put(&*clean(&p.post.id));
+        row.put(&*clean(&p.post.author));
+        row.put(p.post.event_time.to_be_bytes());
+        row.put(p.post.received_at.to_be_bytes());
+        row.put(p.scored_at.to_be_bytes());
+        row.put(batch.available_at.to_be_bytes());
+        row.maybe(with_text.then(|| clean(&p.post.text)).as_deref());
+        row.maybe(p.post.url.as_deref().map(clean).as_deref());
+        row.maybe(p.is_copy_of.as_deref().map(clean).as_deref());
+        row.put([p.damped.into()]);
+        row.put([p.too_late.into()]);
+        row.put(p.weight.to_be_bytes());
+        row.put((*fingerprint as i64).to_be_bytes());
+        row.put(json(&p.tickers));
+        row.put(json(&p.sectors));
+        row.put(json(&p.probabilities));
+        row.put((p.label as i32).to_be_bytes());
+        row.put(p.score.to_be_bytes());
+    })?;
+    let mut keys: Vec<(i16, Cow<'_, str>, i64)> = Vec::new();
+    for (post, _) in posts {
+        let tickers = post.tickers.iter().map(|t| (0, &*t.symbol));
+        let all = tickers.chain(post.sectors.iter().map(|s| (1, &**s)));
+        keys.extend(all.map(|(scope, key)| (scope, clean(key), post.seq as i64)));
+    }
+    // A post may name a ticker twice; in the order of the index each page of it is visited once.
+    keys.sort_unstable();
+    keys.dedup();
+    add(session, &POST_KEYS, &keys, |(scope, key, seq), row| {
+        row.put(scope.to_be_bytes());
+        row.put(key.as_bytes());
+        row.put(seq.to_be_bytes());
+    })
 }
 
 fn signals(session: &Session, batch: &Batch) -> Result<()> {
