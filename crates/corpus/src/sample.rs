@@ -132,7 +132,8 @@ mod tests {
         assert!(count(&sample, "contextual") < count(&balanced, "contextual"));
         assert_eq!(sample[..300], quick_sample(&split.train, 300, 1), "a smaller sample is a prefix");
         // With fewer short texts than are wanted, long ones are taken too.
-        let long: Vec<Example> = (0..50).map(|i| Example::new(format!("{i} {}", "long ".repeat(30)), LABELS[i % 3])).collect();
+        let long: Vec<Example> =
+            (0..50).map(|i| Example::new(format!("{i} {}", "long ".repeat(30)), LABELS[i % 3])).collect();
         assert_eq!(quick_sample(&long, 20, 1).len(), 20);
         assert_eq!(quick_sample(&long, 200, 1).len(), 50);
     }

@@ -280,7 +280,8 @@ fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
     let adapter = match std::env::var_os("CASHTAG_TEST_ADAPTER") {
         Some(adapter) => PathBuf::from(adapter),
         None => {
-            let train = "train -q --max-steps 60 --eval-strategy no --save-strategy no --output-dir run --system-message";
+            let train =
+                "train -q --max-steps 60 --eval-strategy no --save-strategy no --output-dir run --system-message";
             let shown = context.run(&train.split(' ').chain([SYSTEM]).collect::<Vec<_>>());
             assert!(shown.starts_with("exit code 0"), "{shown}");
             context.path("run/adapter")
@@ -288,7 +289,8 @@ fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
     };
     let classifier = std::fs::read(adapter.join("cashtag.json")).unwrap();
     let classifier: Value = serde_json::from_slice(&classifier).unwrap();
-    let (system, temperature) = (classifier["system_message"].as_str().unwrap(), classifier["temperature"].as_f64().unwrap());
+    let (system, temperature) =
+        (classifier["system_message"].as_str().unwrap(), classifier["temperature"].as_f64().unwrap());
     let name = adapter.display().to_string();
     let texts = corpus_texts(COUNT);
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
@@ -325,7 +327,9 @@ fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
             Some(file) => ours_of(&context, "--model", Path::new(file), system, &texts),
             None => own.clone(),
         };
-        for (whom, expected, least) in [("we with the file", &by_us, of_file), ("we with the adapter", &own, of_adapter)] {
+        for (whom, expected, least) in
+            [("we with the file", &by_us, of_file), ("we with the adapter", &own, of_adapter)]
+        {
             let differ = || expected.iter().zip(&found).filter(|(a, b)| best(a) != best(b)).map(|(a, _)| lead(a));
             let same = COUNT - differ().count();
             let mut far: Vec<f64> = expected
