@@ -152,7 +152,7 @@ fn the_page_works_in_a_browser() {
     let Some(context) = context() else { return };
     let here = context.path("").display().to_string();
     let context = context.env("TMPDIR", here);
-    let live = Live::start(&context, &["--demo", "--speed", "240"]);
+    let live = Live::start(&context, &["--demo", "--speed", "60"]);
     let agent = ureq::Agent::new_with_config(ureq::Agent::config_builder().proxy(None).build());
     let page = agent.get(&live.url).call().unwrap().body_mut().read_to_string().unwrap();
     if !page.contains("/assets/main-") {
