@@ -123,9 +123,9 @@ fn best(row: &[f64]) -> usize {
 
 /// The probabilities before they were calibrated.
 fn without_temperature(row: &[f64], temperature: f64) -> Vec<f64> {
-    let sharp: Vec<f64> = row.iter().map(|p| p.powf(temperature)).collect();
-    let sum: f64 = sharp.iter().sum();
-    sharp.iter().map(|p| p / sum).collect()
+    let mut row: Vec<f32> = row.iter().map(|&p| p as f32).collect();
+    cashtag_eval::apply_temperature(&mut row, 1.0 / temperature);
+    row.into_iter().map(f64::from).collect()
 }
 
 /// How far the best label is ahead of the next.
@@ -270,8 +270,9 @@ fn corpus_texts(count: usize) -> Vec<String> {
 /// An adapter that was trained, in every form of GGUF: llama.cpp gives the labels that we give with the same file, and with 16 and 8
 /// bits those of the adapter (where a quantisation moves a text that is close to a tie, it may fall on the other side).
 /// `CASHTAG_TEST_ADAPTER` names the adapter of a run; without it one is trained for 60 steps, which leaves many texts near a tie.
+/// With the adapter of a quick run f16 holds; q8_0, q4_0 and gguf-lora are below what is asked of them (docs/export.md).
 #[test]
-#[ignore = "minutes: it trains"]
+#[ignore = "minutes: it trains; q8_0, q4_0 and gguf-lora do not hold yet"]
 fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
     const COUNT: usize = 150;
     let (Some(context), Some(model)) = (context(), model_file()) else { return };
@@ -319,8 +320,9 @@ fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
     };
     println!("labels of {COUNT} texts: {:?}", counts(&own));
     // Shares of labels that must be the same: as the file's by us, as the adapter's.
+    let mut wrong = Vec::new();
     for (name, of_file, of_adapter) in
-        [("f16", 0.97, 0.97), ("q8_0", 0.94, 0.92), ("q4_0", 0.92, 0.6), ("gguf-lora", 0.94, 0.94)]
+        [("f16", 0.98, 0.98), ("q8_0", 0.94, 0.97), ("q4_0", 0.94, 0.85), ("gguf-lora", 0.94, 0.97)]
     {
         let found = rows(&said[name]);
         let by_us = match files.get(name) {
@@ -344,14 +346,12 @@ fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
                 far[COUNT / 2],
                 far[COUNT - 1],
             );
-            assert!(
-                same as f64 >= least * COUNT as f64,
-                "{name}, as {whom}: {same}, {:?} for {:?}",
-                counts(&found),
-                counts(expected)
-            );
+            if (same as f64) < least * COUNT as f64 {
+                wrong.push(format!("{name}, as {whom}: {same}, {:?} for {:?}", counts(&found), counts(expected)));
+            }
         }
     }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 /// Without other programs: our own reader finds the same weights again, whatever the form.

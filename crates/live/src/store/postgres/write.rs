@@ -71,22 +71,29 @@ struct Table {
     merge: &'static str,
 }
 
-const POSTS: Table = Table {
-    fields: 22,
-    copy: "COPY posts FROM STDIN (FORMAT binary)",
-    aside: "ROLLBACK TO copying; CREATE TEMP TABLE IF NOT EXISTS posts_aside (LIKE posts) ON COMMIT DELETE ROWS; \
-            TRUNCATE posts_aside",
-    copy_aside: "COPY posts_aside FROM STDIN (FORMAT binary)",
-    merge: "INSERT INTO posts SELECT * FROM posts_aside ON CONFLICT DO NOTHING",
-};
-const POST_KEYS: Table = Table {
-    fields: 3,
-    copy: "COPY post_keys FROM STDIN (FORMAT binary)",
-    aside: "ROLLBACK TO copying; CREATE TEMP TABLE IF NOT EXISTS post_keys_aside (LIKE post_keys) ON COMMIT DELETE ROWS; \
-            TRUNCATE post_keys_aside",
-    copy_aside: "COPY post_keys_aside FROM STDIN (FORMAT binary)",
-    merge: "INSERT INTO post_keys SELECT * FROM post_keys_aside ON CONFLICT DO NOTHING",
-};
+/// The statements for a table by its name: literals, because each is prepared once.
+macro_rules! table {
+    ($name:literal, $fields:literal) => {
+        Table {
+            fields: $fields,
+            copy: concat!("COPY ", $name, " FROM STDIN (FORMAT binary)"),
+            aside: concat!(
+                "ROLLBACK TO copying; CREATE TEMP TABLE IF NOT EXISTS ",
+                $name,
+                "_aside (LIKE ",
+                $name,
+                ") ON COMMIT DELETE ROWS; TRUNCATE ",
+                $name,
+                "_aside"
+            ),
+            copy_aside: concat!("COPY ", $name, "_aside FROM STDIN (FORMAT binary)"),
+            merge: concat!("INSERT INTO ", $name, " SELECT * FROM ", $name, "_aside ON CONFLICT DO NOTHING"),
+        }
+    };
+}
+
+const POSTS: Table = table!("posts", 22);
+const POST_KEYS: Table = table!("post_keys", 3);
 
 /// Adds the rows that are not there. All of them are new unless something is wrong, and COPY takes half the time of an INSERT
 /// that looks for conflicts; so that comes second.
