@@ -18,6 +18,7 @@ mod dora;
 mod gemm;
 mod linear;
 mod loss;
+mod masks;
 mod rows;
 mod simd;
 
@@ -33,6 +34,7 @@ pub use buffer::CpuBuffer;
 use buffer::{AnyView, AnyViewMut, Data, Memory, ViewMut, typed, view, view_mut};
 pub use linear::CpuWeight;
 use linear::{Form, Scratch, Storage};
+use masks::Masks;
 use simd::{Bf16, Element, Isa};
 
 /// How matrix operands are stored.
@@ -65,6 +67,7 @@ pub struct CpuBackend {
     pool: rayon::ThreadPool,
     memory: Arc<Memory>,
     scratch: Scratch,
+    masks: Masks,
 }
 
 impl CpuBackend {
@@ -82,7 +85,7 @@ impl CpuBackend {
                 device: "cpu".into(),
                 what: format!("cannot start {threads} threads: {e}"),
             })?;
-        Ok(Self { precision, pool, memory: Arc::default(), scratch: Scratch::default() })
+        Ok(Self { precision, pool, memory: Arc::default(), scratch: Scratch::default(), masks: Masks::default() })
     }
 
     pub fn precision(&self) -> Precision {
@@ -257,8 +260,12 @@ impl Backend for CpuBackend {
         accumulate: bool,
         out: MatMut<'_, CpuBuffer>,
     ) -> Result<()> {
+        let (rows, cols) = (x.rows, x.cols);
         let (x, out) = (view(x), view_mut(out));
-        self.pool.install(|| same!(x, out => rows::dropout(x, dropout, accumulate, out)));
+        self.pool.install(|| {
+            let mask = self.masks.get(dropout, rows, cols);
+            same!(x, out => rows::dropout(x, dropout.p, &mask, accumulate, out));
+        });
         Ok(())
     }
 

@@ -98,40 +98,73 @@ fn philox_lanes(first: u32, row: u32, site: u32, step: u32, seed: u64) -> [[u32;
     c
 }
 
+/// Elements that one block of lanes decides: the four words of a counter decide eight neighbouring ones.
+const BLOCK: usize = LANES * 8;
+/// Elements of a word of a mask.
+const WORD: usize = 16;
+
 simd! {
-    fn dropout_row<T: Element>(x: &[T], d: Dropout, row: u32, accumulate: bool, out: &mut [T]) {
+    /// Which elements of a row are kept, a bit each, the lowest first.
+    fn mask_row(d: Dropout, row: u32, mask: &mut [u16]) {
         let threshold = philox::dropout_threshold(d.p);
-        let scale = 1.0 / (1.0 - d.p);
-        let mut keep = [0f32; LANES * 8];
         let mut bits = [0u32; LANES * 4];
-        for (block, (x, out)) in x.chunks(LANES * 8).zip(out.chunks_mut(LANES * 8)).enumerate() {
+        for (block, mask) in mask.chunks_mut(BLOCK / WORD).enumerate() {
             let words = philox_lanes((block * LANES) as u32, row, d.site, d.step, d.seed);
-            // The four words of a counter decide eight neighbouring elements, sixteen bits each, the lower half first.
+            // Sixteen bits for each element, the lower half first.
             for lane in 0..LANES {
                 for (w, words) in words.iter().enumerate() {
                     bits[lane * 4 + w] = words[lane];
                 }
             }
-            let halves: &[u16; LANES * 8] = bytemuck::cast_ref(&bits);
-            for (keep, &half) in keep.iter_mut().zip(halves) {
-                *keep = if half >= threshold { scale } else { 0.0 };
-            }
-            if accumulate {
-                for ((out, x), keep) in out.iter_mut().zip(x).zip(&keep) {
-                    *out = T::from_f32(out.to_f32() + x.to_f32() * keep);
+            let halves: &[u16; BLOCK] = bytemuck::cast_ref(&bits);
+            for (mask, halves) in mask.iter_mut().zip(halves.as_chunks::<WORD>().0) {
+                let mut word = 0;
+                for (j, &half) in halves.iter().enumerate() {
+                    word |= u16::from(half >= threshold) << j;
                 }
-            } else {
-                for ((out, x), keep) in out.iter_mut().zip(x).zip(&keep) {
-                    *out = T::from_f32(x.to_f32() * keep);
-                }
+                *mask = word;
             }
         }
     }
 }
 
-pub(crate) fn dropout<T: Element>(x: View<'_, T>, d: Dropout, accumulate: bool, out: ViewMut<'_, T>) {
+simd! {
+    fn masked_row<T: Element>(x: &[T], mask: &[u16], scale: f32, accumulate: bool, out: &mut [T]) {
+        for ((x, out), &mask) in x.chunks(WORD).zip(out.chunks_mut(WORD)).zip(mask) {
+            let mut keep = [0f32; WORD];
+            for (j, keep) in keep.iter_mut().enumerate() {
+                *keep = if u32::from(mask) & (1 << j) != 0 { scale } else { 0.0 };
+            }
+            // A whole word apart: then its loop has a length that the compiler knows.
+            match (<&[T; WORD]>::try_from(x), <&mut [T; WORD]>::try_from(&mut *out)) {
+                (Ok(x), Ok(out)) => masked(x, &keep, accumulate, out),
+                _ => masked(x, &keep[..x.len()], accumulate, out),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn masked<T: Element>(x: &[T], keep: &[f32], accumulate: bool, out: &mut [T]) {
+    for ((out, x), keep) in out.iter_mut().zip(x).zip(keep) {
+        let kept = x.to_f32() * keep;
+        *out = T::from_f32(if accumulate { out.to_f32() + kept } else { kept });
+    }
+}
+
+/// Which elements of `[rows, cols]` are kept, a line of words for each row.
+pub(crate) fn dropout_mask(d: Dropout, rows: usize, cols: usize, mask: &mut Vec<u16>) {
+    let line = cols.div_ceil(WORD);
+    mask.resize(rows * line, 0);
+    each_row(ViewMut { data: mask, rows, cols: line, stride: line }, |i, mask| mask_row(d, i as u32, mask));
+}
+
+/// `out ← mask∘x / (1 - p) (+ out)` with the mask of [`dropout_mask`].
+pub(crate) fn dropout<T: Element>(x: View<'_, T>, p: f32, mask: &[u16], accumulate: bool, out: ViewMut<'_, T>) {
     assert_eq!((x.rows, x.cols), (out.rows, out.cols));
-    each_row(out, |i, row| dropout_row(x.row(i), d, i as u32, accumulate, row));
+    let (line, scale) = (x.cols.div_ceil(WORD), 1.0 / (1.0 - p));
+    assert_eq!(mask.len(), x.rows * line);
+    each_row(out, |i, row| masked_row(x.row(i), &mask[i * line..(i + 1) * line], scale, accumulate, row));
 }
 
 // --- RMSNorm -------------------------------------------------------------------------------------------------------------

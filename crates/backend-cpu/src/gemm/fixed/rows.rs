@@ -182,35 +182,58 @@ fn high([_, bytes]: [[u8; 2]; 2]) -> f32 {
 
 const LANES: usize = 16;
 
-/// The bits of the largest magnitude, which order as the magnitudes do with NaN above infinity, and the sum of squares.
-#[inline(always)]
-fn measure_by(len: usize, value: impl Fn(usize) -> [f32; 2]) -> (u32, f32) {
-    let (mut max, mut squares) = ([0u32; LANES], [0f32; LANES]);
-    let whole = len / LANES * LANES;
-    for i in (0..whole).step_by(LANES) {
+/// What [`measure`] gathers, in lanes so that it vectorises.
+struct Measure {
+    max: [u32; LANES],
+    squares: [f32; LANES],
+}
+
+impl Measure {
+    #[inline(always)]
+    fn add(&mut self, values: impl Fn(usize) -> [f32; 2]) {
         for j in 0..LANES {
-            let [a, b] = value(i + j);
-            max[j] = max[j].max(a.to_bits() & 0x7fff_ffff).max(b.to_bits() & 0x7fff_ffff);
-            squares[j] += a * a + b * b;
+            let [a, b] = values(j);
+            self.max[j] = self.max[j].max(a.to_bits() & 0x7fff_ffff).max(b.to_bits() & 0x7fff_ffff);
+            self.squares[j] += a * a + b * b;
         }
     }
-    for i in whole..len {
-        let [a, b] = value(i);
-        max[0] = max[0].max(a.to_bits() & 0x7fff_ffff).max(b.to_bits() & 0x7fff_ffff);
-        squares[0] += a * a + b * b;
-    }
-    (max.into_iter().fold(0, u32::max), squares.iter().sum())
+}
+
+/// The first values of a whole chunk, and zeros, which change neither maximum nor sum.
+#[inline(always)]
+fn padded<T: Copy + Default>(rest: &[T]) -> [T; LANES] {
+    let mut chunk = [T::default(); LANES];
+    chunk[..rest.len()].copy_from_slice(rest);
+    chunk
 }
 
 simd! {
+    /// The bits of the largest magnitude, which order as the magnitudes do with NaN above infinity, and the sum of squares.
     fn measure(x: &[[[u8; 2]; 2]], factors: Option<[&[f32]; 2]>) -> (u32, f32) {
+        let mut m = Measure { max: [0; LANES], squares: [0.0; LANES] };
+        let (chunks, rest) = x.as_chunks::<LANES>();
         match factors {
-            None => measure_by(x.len(), |i| [low(x[i]), high(x[i])]),
+            None => {
+                for x in chunks {
+                    m.add(|j| [low(x[j]), high(x[j])]);
+                }
+                if !rest.is_empty() {
+                    let x = padded(rest);
+                    m.add(|j| [low(x[j]), high(x[j])]);
+                }
+            }
             Some([l, h]) => {
-                let (l, h) = (&l[..x.len()], &h[..x.len()]);
-                measure_by(x.len(), |i| [low(x[i]) * l[i], high(x[i]) * h[i]])
+                let ((l, l_rest), (h, h_rest)) = (l[..x.len()].as_chunks::<LANES>(), h[..x.len()].as_chunks::<LANES>());
+                for ((x, l), h) in chunks.iter().zip(l).zip(h) {
+                    m.add(|j| [low(x[j]) * l[j], high(x[j]) * h[j]]);
+                }
+                if !rest.is_empty() {
+                    let (x, l, h) = (padded(rest), padded(l_rest), padded(h_rest));
+                    m.add(|j| [low(x[j]) * l[j], high(x[j]) * h[j]]);
+                }
             }
         }
+        (m.max.into_iter().fold(0, u32::max), m.squares.iter().sum())
     }
 }
 
