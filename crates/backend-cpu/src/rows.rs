@@ -130,26 +130,31 @@ simd! {
 
 simd! {
     fn masked_row<T: Element>(x: &[T], mask: &[u16], scale: f32, accumulate: bool, out: &mut [T]) {
-        for ((x, out), &mask) in x.chunks(WORD).zip(out.chunks_mut(WORD)).zip(mask) {
-            let mut keep = [0f32; WORD];
-            for (j, keep) in keep.iter_mut().enumerate() {
-                *keep = if u32::from(mask) & (1 << j) != 0 { scale } else { 0.0 };
+        let ((x, x_rest), (out, out_rest)) = (x.as_chunks::<WORD>(), out.as_chunks_mut::<WORD>());
+        let words = || x.iter().zip(mask);
+        if accumulate {
+            for (out, (x, &mask)) in out.iter_mut().zip(words()) {
+                for j in 0..WORD {
+                    out[j] = T::from_f32(out[j].to_f32() + x[j].to_f32() * kept(mask, j, scale));
+                }
             }
-            // A whole word apart: then its loop has a length that the compiler knows.
-            match (<&[T; WORD]>::try_from(x), <&mut [T; WORD]>::try_from(&mut *out)) {
-                (Ok(x), Ok(out)) => masked(x, &keep, accumulate, out),
-                _ => masked(x, &keep[..x.len()], accumulate, out),
+        } else {
+            for (out, (x, &mask)) in out.iter_mut().zip(words()) {
+                for j in 0..WORD {
+                    out[j] = T::from_f32(x[j].to_f32() * kept(mask, j, scale));
+                }
             }
+        }
+        for (j, (out, x)) in out_rest.iter_mut().zip(x_rest).enumerate() {
+            let kept = x.to_f32() * kept(mask[mask.len() - 1], j, scale);
+            *out = T::from_f32(if accumulate { out.to_f32() + kept } else { kept });
         }
     }
 }
 
 #[inline(always)]
-fn masked<T: Element>(x: &[T], keep: &[f32], accumulate: bool, out: &mut [T]) {
-    for ((out, x), keep) in out.iter_mut().zip(x).zip(keep) {
-        let kept = x.to_f32() * keep;
-        *out = T::from_f32(if accumulate { out.to_f32() + kept } else { kept });
-    }
+fn kept(mask: u16, j: usize, scale: f32) -> f32 {
+    if u32::from(mask) & (1 << j) != 0 { scale } else { 0.0 }
 }
 
 /// Which elements of `[rows, cols]` are kept, a line of words for each row.
