@@ -14,23 +14,21 @@ use cashtag_corpus::{balanced_sample, builtin_split};
 use cashtag_llama::adapter::{Adapter, CLASSIFIER_FILE, ClassifierConfig, write_atomically};
 use cashtag_llama::chat::Message;
 use cashtag_llama::checkpoint::Checkpoint;
-use cashtag_llama::export::{
-    Calibration, Dtype16, GgufType, HfOptions, Merged, write_gguf, write_gguf_lora, write_hf,
-};
+use cashtag_llama::export::{Calibration, Dtype16, GgufType, HfOptions, Merged, write_gguf, write_gguf_lora, write_hf};
 use cashtag_llama::packing::TokenizedExample;
 
 use crate::exit::{self, Usage};
 use crate::output;
+use crate::pipeline::data;
 use crate::pipeline::device::{self, Job};
 use crate::pipeline::engine::{self, OpenedModel};
-use crate::pipeline::data;
 use crate::progress::{Progress, Unit};
 use crate::settings::{Device, Flags, Inference, Precision, Settings};
 
 /// The model inside of what `--to ollama` writes.
 const MODEL_FILE: &str = "model.gguf";
 /// Texts that weights are rounded for, and the most tokens of them: time and memory of an export grow with both.
-const CALIBRATION_TEXTS: usize = 256;
+const CALIBRATION_TEXTS: usize = 192;
 const CALIBRATION_TOKENS: usize = 10_000;
 
 #[derive(clap::Args)]

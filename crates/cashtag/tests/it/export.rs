@@ -594,16 +594,8 @@ fn what_cannot_be_exported() {
             2,
             "--calibrate is for --to gguf or ollama with --type q8_0 or q4_0",
         ),
-        (
-            &["--to", "gguf", "--type", "q4_0", "--calibrate", "nowhere.csv", "--out", "x.gguf"],
-            1,
-            "nowhere.csv",
-        ),
-        (
-            &["--to", "gguf", "--type", "q4_0", "--calibrate", "empty.csv", "--out", "x.gguf"],
-            1,
-            "empty.csv",
-        ),
+        (&["--to", "gguf", "--type", "q4_0", "--calibrate", "nowhere.csv", "--out", "x.gguf"], 1, "nowhere.csv"),
+        (&["--to", "gguf", "--type", "q4_0", "--calibrate", "empty.csv", "--out", "x.gguf"], 1, "empty.csv"),
         (
             &["--to", "gguf-lora", "--out", "x.gguf"],
             2,

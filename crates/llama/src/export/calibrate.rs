@@ -203,7 +203,8 @@ impl<'a, B: Backend> Calibration<'a, B> {
         let mut inputs = downloaded(backend, &self.rounded.input, n * cols)?;
         if first_not_finite(&exact).or(first_not_finite(&inputs)).is_some() {
             let name = parts.first().map_or("", |(name, _)| name);
-            let what = format!("the calibration texts give {name} inputs that are not finite\n  hint: --calibrate none");
+            let what =
+                format!("the calibration texts give {name} inputs that are not finite\n  hint: --calibrate none");
             return Err(Error::Invalid(what));
         }
         if rounds(self.kind.of("", cols, tied), cols) {
@@ -211,17 +212,19 @@ impl<'a, B: Backend> Calibration<'a, B> {
             backend.upload(&inputs, &mut self.rounded.input, 0)?;
         }
         exact.iter_mut().zip(&inputs).for_each(|(e, i)| *e -= i);
-        let difference = uploaded(backend, &exact)?;
-        drop(exact);
         inputs.chunks_exact_mut(cols).zip(row_weights).for_each(|(row, w)| row.iter_mut().for_each(|v| *v *= w));
-        let weighted = uploaded(backend, &inputs)?;
-        drop(inputs);
-        let factor = {
-            let mut gram = backend.uninit(Dtype::F32, cols * cols)?;
-            let (a, b) = (Mat::new(&weighted, n, cols), Mat::new(&self.rounded.input, n, cols));
-            backend.matmul_tn(1.0, a, b, 0.0, MatMut::new(&mut gram, cols, cols))?;
-            Factor::new(backend, cols, downloaded(backend, &gram, cols * cols)?)?
+        let (difference, weighted) = (uploaded(backend, &exact)?, uploaded(backend, &inputs)?);
+        drop((exact, inputs));
+        // Xᵀ·(what X is to be), of which a matrix makes the change of its outputs that is wanted.
+        let square = |b: &B::Buffer| -> Result<B::Buffer> {
+            let mut product = backend.uninit(Dtype::F32, cols * cols)?;
+            let (a, b) = (Mat::new(&weighted, n, cols), Mat::new(b, n, cols));
+            backend.matmul_tn(1.0, a, b, 0.0, MatMut::new(&mut product, cols, cols))?;
+            Ok(product)
         };
+        let cross = square(&difference)?;
+        drop(difference);
+        let factor = Factor::new(backend, cols, downloaded(backend, &square(&self.rounded.input)?, cols * cols)?)?;
         let all: usize = parts.iter().map(|(_, rows)| rows).sum();
         let mut first = 0;
         for (name, rows) in parts {
@@ -231,20 +234,17 @@ impl<'a, B: Backend> Calibration<'a, B> {
             let weight = backend.weight(&[&Values { name, cols, values: &values }])?;
             let block_type = self.kind.of(name, cols, tied);
             let bytes = if rounds(block_type, cols) {
-                // How far the outputs of the second stream are from those of the first.
-                let mut missing = backend.zeros(Dtype::F32, n * rows)?;
+                let mut pull = backend.zeros(Dtype::F32, cols * rows)?;
+                let mut to = MatMut::new(&mut pull, cols, rows);
                 if residual {
                     let mut x = downloaded(backend, &self.exact.x, n * rows)?;
                     let rounded = downloaded(backend, &self.rounded.x, n * rows)?;
                     x.iter_mut().zip(&rounded).for_each(|(x, r)| *x -= r);
-                    backend.upload(&x, &mut missing, 0)?;
+                    let missing = uploaded(backend, &x)?;
+                    let (a, b) = (Mat::new(&weighted, n, cols), Mat::new(&missing, n, rows));
+                    backend.matmul_tn(1.0, a, b, 0.0, to.reborrow())?;
                 }
-                let to = MatMut::new(&mut missing, n, rows);
-                backend.linear(Mat::new(&difference, n, cols), &weight, true, to)?;
-                let mut pull = backend.uninit(Dtype::F32, cols * rows)?;
-                let (a, b) = (Mat::new(&weighted, n, cols), Mat::new(&missing, n, rows));
-                backend.matmul_tn(1.0, a, b, 0.0, MatMut::new(&mut pull, cols, rows))?;
-                drop(missing);
+                backend.linear(Mat::new(&cross, cols, cols), &weight, true, to)?;
                 round(backend, block_type, &values, &factor, pull)?
             } else {
                 let mut bytes = Vec::new();

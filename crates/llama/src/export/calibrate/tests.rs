@@ -52,7 +52,8 @@ fn run(backend: &CpuBackend, checkpoint: &Checkpoint, kind: GgufType) -> (f64, [
     let streams =
         [&calibration.exact, &calibration.rounded].map(|s| downloaded(backend, &s.x, batch.rows() * d).unwrap());
     let of_row = |row: u32| row as usize * d..(row as usize + 1) * d;
-    let far = batch.label_rows.iter().flat_map(|&row| of_row(row)).map(|i| f64::from(streams[0][i] - streams[1][i]).powi(2));
+    let far =
+        batch.label_rows.iter().flat_map(|&row| of_row(row)).map(|i| f64::from(streams[0][i] - streams[1][i]).powi(2));
     (far.sum(), streams.each_ref().map(|x| losses(checkpoint, batch, x)), bytes)
 }
 
