@@ -333,9 +333,8 @@ impl Corner {
             let (mut codes, mut errors, mut cost) = ([[0f32; LANES]; BLOCK], [[0f32; LANES]; BLOCK], [0f32; LANES]);
             for j in 0..BLOCK {
                 let mut value = wanted[j];
-                for i in 0..j {
-                    let ratio = self.ratios[j][i];
-                    (0..LANES).for_each(|l| value[l] += errors[i][l] * ratio);
+                for (ratio, error) in self.ratios[j].iter().zip(&errors[..j]) {
+                    (0..LANES).for_each(|l| value[l] += error[l] * ratio);
                 }
                 let weight = self.diagonal[j] * self.diagonal[j];
                 for l in 0..LANES {
@@ -353,8 +352,8 @@ impl Corner {
                 }
             }
         }
-        for j in 0..BLOCK {
-            (0..LANES).for_each(|l| best.errors[j][l] = w[j][l] - best.codes[j][l] * best.scale[l]);
+        for ((errors, w), codes) in best.errors.iter_mut().zip(w).zip(&best.codes) {
+            (0..LANES).for_each(|l| errors[l] = w[l] - codes[l] * best.scale[l]);
         }
         best
     }
