@@ -260,17 +260,7 @@ impl<B: Backend> Llama<B> {
         }
         let norm = vector("model.norm.weight")?;
         let positions = config.max_position_embeddings.min(MAX_POSITIONS);
-        let frequencies = config.inverse_frequencies();
-        let mut tables = [Vec::new(), Vec::new()];
-        for position in 0..positions {
-            for &frequency in &frequencies {
-                // In f32, as Transformers computes the angle; the sine of it in f64 is then exact to rounding.
-                let angle = f64::from(position as f32 * frequency);
-                tables[0].push(angle.cos() as f32);
-                tables[1].push(angle.sin() as f32);
-            }
-        }
-        let [cos, sin] = tables;
+        let [cos, sin] = rope_tables(&config, positions);
         let upload = |values: &[f32]| -> Result<B::Buffer> {
             let mut buffer = backend.zeros(Dtype::F32, values.len())?;
             backend.upload(values, &mut buffer, 0)?;
@@ -864,6 +854,21 @@ impl<B: Backend> Llama<B> {
         }
         Ok(())
     }
+}
+
+/// cos and sin of the angle of every frequency, position by position.
+pub(crate) fn rope_tables(config: &LlamaConfig, positions: usize) -> [Vec<f32>; 2] {
+    let frequencies = config.inverse_frequencies();
+    let mut tables = [Vec::new(), Vec::new()];
+    for position in 0..positions {
+        for &frequency in &frequencies {
+            // In f32, as Transformers computes the angle; the sine of it in f64 is then exact to rounding.
+            let angle = f64::from(position as f32 * frequency);
+            tables[0].push(angle.cos() as f32);
+            tables[1].push(angle.sin() as f32);
+        }
+    }
+    tables
 }
 
 /// DoRA's norms must belong to the factors.

@@ -2,23 +2,34 @@
 //!
 //! Everything is written under a temporary name beside the target and renamed when it is whole; an export that fails or is
 //! stopped leaves nothing.
+//!
+//! A file of quantised weights is rounded for what its prompts ask of it ([`Calibration`]), where it is known how the model is to
+//! be asked.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use cashtag_backend::Backend;
+use cashtag_corpus::{balanced_sample, builtin_split};
 use cashtag_llama::adapter::{Adapter, CLASSIFIER_FILE, ClassifierConfig, write_atomically};
 use cashtag_llama::chat::Message;
 use cashtag_llama::checkpoint::Checkpoint;
-use cashtag_llama::export::{Dtype16, GgufType, HfOptions, Merged, write_gguf, write_gguf_lora, write_hf};
+use cashtag_llama::export::{Calibration, Dtype16, GgufType, HfOptions, Merged, write_gguf, write_gguf_lora, write_hf};
+use cashtag_llama::packing::TokenizedExample;
 
 use crate::exit::{self, Usage};
 use crate::output;
+use crate::pipeline::data;
+use crate::pipeline::device::{self, Job};
 use crate::pipeline::engine::{self, OpenedModel};
 use crate::progress::{Progress, Unit};
-use crate::settings::{Flags, Inference};
+use crate::settings::{Device, Flags, Inference, Precision, Settings};
 
 /// The model inside of what `--to ollama` writes.
 const MODEL_FILE: &str = "model.gguf";
+/// Texts that weights are rounded for, and the most tokens of them: time and memory of an export grow with both.
+const CALIBRATION_TEXTS: usize = 192;
+const CALIBRATION_TOKENS: usize = 10_000;
 
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  cashtag export --to merged --adapter runs/mine --out mine-merged\n  \
@@ -37,6 +48,10 @@ pub(crate) struct Args {
     /// [default: auto; f16]
     #[arg(long = "type", value_name = "TYPE")]
     weight_type: Option<String>,
+    /// What q8_0 and q4_0 are rounded for (gguf, ollama): the texts of a file, `builtin`, or `none` for plain rounding
+    /// [default: builtin with an adapter or a model that carries its system message, else none]
+    #[arg(long, value_name = "FILE|builtin|none")]
+    calibrate: Option<String>,
     /// Most megabytes of one file of weights (merged)
     #[arg(long, value_name = "MB", default_value_t = 5000)]
     max_shard_size: u64,
@@ -77,6 +92,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         adapter: adapter.as_ref(),
         trained: trained.as_ref(),
         name: name_of(&args.out),
+        // Read before the work: what is wrong with it is said at once.
+        prompts: Prompts::new(&args, &plan, &settings, &checkpoint, trained.as_ref())?,
+        settings: &settings,
     };
     let parent = match args.out.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -149,6 +167,74 @@ impl Plan {
     }
 }
 
+/// What weights are rounded for.
+struct Prompts {
+    examples: Vec<TokenizedExample>,
+    prefix: Vec<u32>,
+}
+
+impl Prompts {
+    /// `None`: plain rounding, or none at all.
+    fn new(
+        args: &Args,
+        plan: &Plan,
+        settings: &Settings,
+        checkpoint: &Checkpoint,
+        trained: Option<&ClassifierConfig>,
+    ) -> anyhow::Result<Option<Self>> {
+        let said = args.calibrate.as_deref();
+        if !matches!(plan, Plan::Gguf(kind) | Plan::Ollama(kind) if kind.is_quantised()) {
+            return match said {
+                None | Some("none") => Ok(None),
+                Some(_) => bail!(Usage("--calibrate is for --to gguf or ollama with --type q8_0 or q4_0".into())),
+            };
+        }
+        let texts = match said {
+            Some("none") => return Ok(None),
+            // Nobody knows what the model will be asked.
+            None if trained.is_none() => return Ok(None),
+            None | Some("builtin") => builtin_split()?.train,
+            Some(name) => data::texts(&data::resolve(name)?)?,
+        };
+        let format = engine::format(settings, checkpoint, trained)?;
+        let labels = format.labels().len();
+        let mut tokens = format.prefix().len();
+        let mut examples = Vec::new();
+        for (i, text) in balanced_sample(&texts, CALIBRATION_TEXTS, 0).iter().enumerate() {
+            // Labels are scored by their own tokens behind every text, whatever its label is.
+            let example = format.example(&text.text, i % labels, 1.0)?;
+            tokens += example.tokens.len().saturating_sub(format.prefix().len());
+            if tokens > CALIBRATION_TOKENS && !examples.is_empty() {
+                break;
+            }
+            examples.push(example);
+        }
+        let source = if said.is_none_or(|s| s == "builtin") { "the built-in corpus" } else { "the file" };
+        output::note(format!("rounded for {} texts of {source}; --calibrate none rounds plainly", examples.len()));
+        Ok(Some(Self { examples, prefix: format.prefix().to_vec() }))
+    }
+}
+
+/// A GGUF file whose weights are rounded for prompts.
+struct Rounded<'a> {
+    export: &'a Export<'a>,
+    prompts: &'a Prompts,
+    file: &'a Path,
+    kind: GgufType,
+}
+
+impl Job for Rounded<'_> {
+    type Output = ();
+
+    fn run<B: Backend>(self, backend: B) -> anyhow::Result<()> {
+        let (merged, prompts) = (self.export.merged_model(), self.prompts);
+        let bar = Progress::new("rounding", Unit::Bytes, None);
+        let mut rounding = Calibration::new(&backend, merged, self.kind, &prompts.examples, &prompts.prefix)?;
+        let name = &self.export.name;
+        Ok(write_gguf(self.file, &merged, self.kind, name, Some(&mut rounding), &mut bar.watch())?)
+    }
+}
+
 /// The name that a file carries inside: that of the target without its ending.
 fn name_of(out: &Path) -> String {
     let absolute = std::path::absolute(out).unwrap_or_else(|_| out.to_owned());
@@ -183,6 +269,8 @@ struct Export<'a> {
     /// How the model is to be asked.
     trained: Option<&'a ClassifierConfig>,
     name: String,
+    prompts: Option<Prompts>,
+    settings: &'a Settings,
 }
 
 impl Export<'_> {
@@ -202,8 +290,14 @@ impl Export<'_> {
     }
 
     fn gguf(&self, file: &Path, kind: GgufType) -> anyhow::Result<()> {
+        if let Some(prompts) = &self.prompts {
+            // In f32, which every machine computes alike.
+            let mut settings = self.settings.clone();
+            (settings.model.device, settings.model.precision) = (Device::Cpu, Precision::F32);
+            return device::run(&settings, Rounded { export: self, prompts, file, kind });
+        }
         let bar = Progress::new("writing", Unit::Bytes, None);
-        Ok(write_gguf(file, &self.merged_model(), kind, &self.name, &mut bar.watch())?)
+        Ok(write_gguf(file, &self.merged_model(), kind, &self.name, None, &mut bar.watch())?)
     }
 
     fn gguf_lora(&self, file: &Path) -> anyhow::Result<()> {

@@ -168,6 +168,24 @@ pub(crate) fn read<S: AsRef<str>>(path: &Path, reading: &Reading, labels: &[S]) 
     Ok(all)
 }
 
+/// Reads the texts of a file, or of the files of a directory; labels may be there or not.
+///
+/// # Errors
+/// Unreadable files, a column that cannot be told, no texts at all.
+pub(crate) fn texts(path: &Path) -> anyhow::Result<Vec<Example>> {
+    let mut all = Vec::new();
+    for file in data_files(path)? {
+        let options = ReadOptions { require_label: false, ..ReadOptions::default() };
+        let (examples, _) =
+            read_examples_reported(&file, &options).map_err(|e| hinted(e, "the file needs a column of texts"))?;
+        all.extend(examples);
+    }
+    if all.is_empty() {
+        bail!(Usage(format!("{} holds no texts\n  hint: give a file with some", path.display())));
+    }
+    Ok(all)
+}
+
 /// Texts with the index of their label.
 ///
 /// # Errors

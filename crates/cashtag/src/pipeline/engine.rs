@@ -143,7 +143,10 @@ fn random_checkpoint(settings: &Settings, shape: &str) -> anyhow::Result<Checkpo
 }
 
 /// The prompt: what adapter or model were trained with, unless the user said something else.
-fn format(
+///
+/// # Errors
+/// A model without tokenizer or chat template, labels that cannot be told apart.
+pub(crate) fn format(
     settings: &Settings,
     checkpoint: &Checkpoint,
     trained: Option<&ClassifierConfig>,

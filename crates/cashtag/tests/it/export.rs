@@ -173,9 +173,11 @@ fn others_read_what_is_written() {
     export(&context, &[&["--to", "merged", "--adapter", "lora", "--out", "merged32"], &shards[..]].concat());
     export(&context, &["--to", "merged", "--type", "f32", "--adapter", "dora", "--out", "merged-dora"]);
     export(&context, &["--to", "merged", "--adapter", "lora", "--out", "merged16"]);
-    for kind in ["f16", "q8_0", "q4_0"] {
-        let out = format!("{kind}.gguf");
-        export(&context, &["--to", "gguf", "--type", kind, "--adapter", "lora", "--out", &out]);
+    export(&context, &["--to", "gguf", "--type", "f16", "--adapter", "lora", "--out", "f16.gguf"]);
+    context.write("texts.jsonl", jsonl(&TEXTS));
+    for kind in ["q8_0", "q4_0"] {
+        let args = ["--to", "gguf", "--type", kind, "--adapter", "lora", "--calibrate", "texts.jsonl"];
+        export(&context, &[&args[..], &["--out", &format!("{kind}.gguf")]].concat());
     }
     // The Hugging Face directory as a base: metadata and tokenizer are made anew.
     export(&context, &["--to", "gguf", "--model", "merged16", "--out", "again.gguf"]);
@@ -257,14 +259,55 @@ fn others_read_what_is_written() {
     }
 }
 
-/// Texts of the corpus, each another one.
-fn corpus_texts(count: usize) -> Vec<String> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../corpus/h-2.jsonl");
+/// Texts of a part of the corpus, each another one.
+fn texts_of(part: &str, count: usize) -> Vec<String> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../corpus").join(part);
     let text = std::fs::read_to_string(file).unwrap();
     let of = |line: &str| serde_json::from_str::<Value>(line).unwrap()["text"].as_str().unwrap().to_owned();
     let texts: Vec<String> = text.lines().map(of).filter(|t| !t.contains('\n')).take(count).collect();
     assert_eq!(texts.len(), count);
     texts
+}
+
+/// Texts that are judged.
+fn corpus_texts(count: usize) -> Vec<String> {
+    texts_of("h-2.jsonl", count)
+}
+
+/// A file of texts without labels.
+fn jsonl(texts: &[impl AsRef<str>]) -> String {
+    texts.iter().map(|t| json!({"text": t.as_ref()}).to_string() + "\n").collect()
+}
+
+/// Rounded for a few texts, a file of four bits is closer to its adapter on others than rounded plainly; the same texts give the
+/// same bytes.
+#[test]
+fn four_bits_are_rounded_for_what_is_asked() {
+    const FEW: usize = 24;
+    let (Some(context), Some(model)) = (context(), model_file()) else { return };
+    save_adapter(&context.path("lora"), &model, all_linear());
+    context.write("few.jsonl", jsonl(&texts_of("a-1.jsonl", FEW)));
+    let with = |out: &str, calibrate: &str| {
+        let args = ["--to", "gguf", "--type", "q4_0", "--adapter", "lora", "--calibrate", calibrate, "--out", out];
+        export(&context, &args);
+    };
+    with("plain.gguf", "none");
+    with("few.gguf", "few.jsonl");
+    with("again.gguf", "few.jsonl");
+    let bytes = ["plain", "few", "again"].map(|name| std::fs::read(context.path(&format!("{name}.gguf"))).unwrap());
+    assert!(bytes[1] == bytes[2] && bytes[1].len() == bytes[0].len() && bytes[1] != bytes[0]);
+    drop(bytes);
+    let texts = corpus_texts(24);
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let own = ours(&context, &context.path("lora"), &texts);
+    let far = |name: &str| {
+        let found = ours_of(&context, "--model", &context.path(name), SYSTEM, &texts);
+        let of = |(a, b)| distance(std::slice::from_ref(a), std::slice::from_ref(b));
+        own.iter().zip(&found).map(of).sum::<f64>() / texts.len() as f64
+    };
+    let (before, now) = (far("plain.gguf"), far("few.gguf"));
+    println!("probabilities differ by {before:.4} on average, rounded for {FEW} texts by {now:.4}");
+    assert!(now < 0.6 * before, "{now} for {before}");
 }
 
 /// An adapter that was trained, in every form of GGUF: llama.cpp gives the labels that we give with the same file, and with 16 and 8
@@ -295,10 +338,19 @@ fn llama_cpp_gives_the_labels_of_a_trained_adapter() {
     let name = adapter.display().to_string();
     let texts = corpus_texts(COUNT);
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    // None of the judged texts is among those that are rounded for.
+    let parts = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../corpus")).unwrap();
+    let mut parts: Vec<String> = parts.map(|p| p.unwrap().file_name().into_string().unwrap()).collect();
+    parts.retain(|p| p.ends_with(".jsonl") && p != "h-2.jsonl");
+    parts.sort();
+    let others: Vec<String> = parts.iter().flat_map(|p| texts_of(p, 60)).filter(|t| !texts.contains(&&**t)).collect();
+    context.write("others.jsonl", jsonl(&others));
     let kinds = ["f16", "q8_0", "q4_0"];
     for kind in kinds {
         let out = format!("{kind}.gguf");
-        export(&context, &["--to", "gguf", "--type", kind, "--adapter", &name, "--out", &out]);
+        let calibrate: &[&str] = if kind == "f16" { &[] } else { &["--calibrate", "others.jsonl"] };
+        let args = ["--to", "gguf", "--type", kind, "--adapter", &name, "--out", &out];
+        export(&context, &[&args[..], calibrate].concat());
     }
     export(&context, &["--to", "gguf-lora", "--adapter", &name, "--out", "lora.gguf"]);
     // llama.cpp knows nothing of the temperature.
@@ -412,7 +464,8 @@ fn written_files_read_back() {
     assert!(written.iter().filter(|f| f.ends_with(".safetensors")).count() > 1, "{written:?}");
     assert!(written.iter().all(|f| !f.ends_with(".tmp")), "{written:?}");
 
-    export(&context, &["--to", "ollama", "--type", "q4_0", "--adapter", "lora", "--out", "ollama"]);
+    let plainly = ["--to", "ollama", "--type", "q4_0", "--calibrate", "none"];
+    export(&context, &[&plainly[..], &["--adapter", "lora", "--out", "ollama"]].concat());
     assert_eq!(files(&context.path("ollama")), ["Modelfile", "model.gguf"]);
     let file = Gguf::open(&context.path("ollama/model.gguf")).unwrap();
     assert_eq!(file.tensor("token_embd.weight").unwrap().block_type.name(), "Q8_0");
@@ -531,10 +584,18 @@ fn an_export_does_not_hold_the_model() {
 fn what_cannot_be_exported() {
     let Some(context) = context() else { return };
     context.write("there.gguf", "something");
+    context.write("empty.csv", "");
     for (args, code, expected) in [
         (&["--to", "gguf", "--out", "there.gguf"][..], 2, "there.gguf exists\nhint: --overwrite replaces it"),
         (&["--to", "gguf", "--type", "q5_k", "--out", "x.gguf"], 2, "--type q5_k is not written here"),
         (&["--to", "merged", "--type", "q8_0", "--out", "x"], 2, "expected auto, f16, bf16 or f32"),
+        (
+            &["--to", "gguf", "--calibrate", "builtin", "--out", "x.gguf"],
+            2,
+            "--calibrate is for --to gguf or ollama with --type q8_0 or q4_0",
+        ),
+        (&["--to", "gguf", "--type", "q4_0", "--calibrate", "nowhere.csv", "--out", "x.gguf"], 1, "nowhere.csv"),
+        (&["--to", "gguf", "--type", "q4_0", "--calibrate", "empty.csv", "--out", "x.gguf"], 1, "empty.csv"),
         (
             &["--to", "gguf-lora", "--out", "x.gguf"],
             2,
@@ -548,5 +609,5 @@ fn what_cannot_be_exported() {
     let shown = context.run(&["export", "--to", "gguf", "-q", "--out", "file/x.gguf"]);
     assert!(shown.starts_with("exit code 1\n") && shown.contains("cannot write file/x.gguf"), "{shown}");
     // Nothing is left behind.
-    assert_eq!(files(&context.path("")), ["file", "there.gguf"]);
+    assert_eq!(files(&context.path("")), ["empty.csv", "file", "there.gguf"]);
 }

@@ -3,8 +3,10 @@
 //! Metadata of a GGUF base is copied, with what the new types make untrue replaced; for a Hugging Face base it is made from
 //! the configuration and the tokenizer. Rows of q and k are permuted as llama.cpp expects them.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::calibrate::Rounding;
 use super::merge::Merged;
 use super::quantize::quantize;
 use super::{Output, Watch, block_rows};
@@ -32,6 +34,11 @@ impl GgufType {
         self.block_type().name()
     }
 
+    /// Whether matrices are stored in blocks with a scale, for which [`Calibration`](super::Calibration) is there.
+    pub fn is_quantised(self) -> bool {
+        matches!(self, GgufType::Q8_0 | GgufType::Q4_0)
+    }
+
     fn block_type(self) -> BlockType {
         match self {
             GgufType::F32 => BlockType::F32,
@@ -55,7 +62,7 @@ impl GgufType {
 
     /// The type of one matrix: the head keeps eight bits where others have four (as llama.cpp keeps it wider), and rows
     /// that are no whole number of blocks stay 16-bit.
-    fn of(self, name: &str, cols: usize, tied: bool) -> BlockType {
+    pub(super) fn of(self, name: &str, cols: usize, tied: bool) -> BlockType {
         let head = name == "lm_head.weight" || (tied && name == "model.embed_tokens.weight");
         let wanted = if self == GgufType::Q4_0 && head { BlockType::Q8_0 } else { self.block_type() };
         if cols.is_multiple_of(wanted.block()) { wanted } else { BlockType::F16 }
@@ -158,11 +165,19 @@ pub(super) fn pad(out: &mut Output) -> Result<()> {
     out.align(ALIGNMENT)
 }
 
-/// Writes the model to `path`. `name` stands in the file as the model's.
+/// Writes the model to `path`. `name` stands in the file as the model's; the blocks of the layers come from `rounding`, if there
+/// is one.
 ///
 /// # Errors
 /// Weights that cannot be read or do not fit the type, a tokenizer that llama.cpp has no name for, a file system that refuses.
-pub fn write_gguf(path: &Path, merged: &Merged<'_>, kind: GgufType, name: &str, watch: Watch<'_>) -> Result<()> {
+pub fn write_gguf(
+    path: &Path,
+    merged: &Merged<'_>,
+    kind: GgufType,
+    name: &str,
+    mut rounding: Option<&mut dyn Rounding>,
+    watch: Watch<'_>,
+) -> Result<()> {
     let config = merged.checkpoint.config();
     let tied = config.tie_word_embeddings;
     let mut pairs = Pairs::default();
@@ -204,11 +219,32 @@ pub fn write_gguf(path: &Path, merged: &Merged<'_>, kind: GgufType, name: &str, 
     let mut out = Output::create(path)?;
     write_directory(&mut out, &pairs, &entries)?;
     let mut written = 0;
+    // Blocks of the layer that is being written.
+    let (mut layers, mut ready) = (0, BTreeMap::new());
     for ((hf_name, shape), entry) in tensors.iter().zip(&entries) {
         let mut bytes = Vec::new();
+        if let Some(rounding) = &mut rounding
+            && hf_name.starts_with(&format!("model.layers.{layers}."))
+        {
+            ready = rounding.layer(layers, &mut || watch(written, total))?;
+            layers += 1;
+        }
         if shape.len() == 1 {
             quantize(entry.block_type, &merged.checkpoint.vector(hf_name)?, &mut bytes);
             out.write(&bytes)?;
+        } else if let Some(blocks) = ready.remove(hf_name) {
+            let stride = blocks.len() / shape[0].max(1);
+            match permuted_heads(hf_name, config).map(|heads| shape[0] / heads) {
+                None => out.write(&blocks)?,
+                Some(head) => {
+                    for row in (0..shape[0]).map(|stored| natural_row(stored, head)) {
+                        out.write(&blocks[row * stride..(row + 1) * stride])?;
+                    }
+                }
+            }
+            if !watch(written + blocks.len() as u64, total) {
+                return Err(Error::Stopped);
+            }
         } else {
             let matrix = merged.matrix(hf_name)?;
             let (rows, cols) = (matrix.rows(), matrix.cols());

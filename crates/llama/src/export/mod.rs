@@ -4,12 +4,15 @@
 //! that memory does not grow with the model. Functions write into the place that they are given; whoever calls them gives
 //! a temporary one and renames it when all is there.
 
+mod calibrate;
 mod gguf;
 mod gguf_lora;
 mod hf;
 mod merge;
 mod quantize;
+mod rounding;
 
+pub use self::calibrate::{Calibration, Rounding};
 pub use self::gguf::{GgufType, write_gguf};
 pub use self::gguf_lora::write_gguf_lora;
 pub use self::hf::{Dtype16, HfOptions, write_hf};
