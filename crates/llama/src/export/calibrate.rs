@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use cashtag_backend::{Backend, Dtype, Mat, MatMut, Rope, WeightSource};
 use half::f16;
 
-use super::gguf::GgufType;
+use super::gguf::{GgufType, check_range};
 use super::merge::Merged;
 use super::quantize::quantize;
 use super::rounding::{BLOCK, Factor, round, rounds};
@@ -233,6 +233,7 @@ impl<'a, B: Backend> Calibration<'a, B> {
             self.merged.matrix(name)?.read(0..rows, &mut values)?;
             let weight = backend.weight(&[&Values { name, cols, values: &values }])?;
             let block_type = self.kind.of(name, cols, tied);
+            check_range(block_type, name, &values)?;
             let bytes = if rounds(block_type, cols) {
                 let mut pull = backend.zeros(Dtype::F32, cols * rows)?;
                 let mut to = MatMut::new(&mut pull, cols, rows);
