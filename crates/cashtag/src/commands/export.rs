@@ -210,7 +210,7 @@ impl Prompts {
             examples.push(example);
         }
         let source = if said.is_none_or(|s| s == "builtin") { "the built-in corpus" } else { "the file" };
-        output::note(format!("rounded for {} texts of {source}; --calibrate none rounds plainly", examples.len()));
+        output::note(format!("rounding for {} texts of {source}; --calibrate none rounds to nearest", examples.len()));
         Ok(Some(Self { examples, prefix: format.prefix().to_vec() }))
     }
 }
