@@ -19,6 +19,7 @@ use rayon::prelude::*;
 use crate::buffer::{View, ViewMut};
 use crate::gemm::{AWords, COut, Panels, TileOut, gemm, interleave_rows, pack_nn, pack_nt};
 use crate::linear::{Form, matmul_f32};
+use crate::rows::convert;
 use crate::simd::{Bf16, Element, exp, lane_sum, simd};
 
 /// Query rows of one tile: the score matrix of a tile stays in the second-level cache.
@@ -165,11 +166,25 @@ fn tiles(layout: &AttentionLayout, whole: bool) -> Vec<Tile> {
     tiles
 }
 
+/// Makes room for `len` elements. What is there stays: everything that is read is written before, and clearing costs time.
+fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+}
+
 /// Copies a head's rows so that a task reads them densely, whatever the stride of the batch.
-fn copy_head<T: Element>(src: View<'_, T>, start: usize, rows: usize, head: usize, dim: usize, out: &mut Vec<T>) {
-    out.clear();
-    for i in start..start + rows {
-        out.extend_from_slice(&src.row(i)[head * dim..(head + 1) * dim]);
+fn copy_head<S: Element, T: Element>(
+    src: View<'_, S>,
+    start: usize,
+    rows: usize,
+    head: usize,
+    dim: usize,
+    out: &mut Vec<T>,
+) {
+    grow(out, rows * dim);
+    for (i, out) in out.chunks_exact_mut(dim).take(rows).enumerate() {
+        convert(&src.row(start + i)[head * dim..(head + 1) * dim], out);
     }
 }
 
@@ -240,10 +255,10 @@ pub(crate) struct Heads {
 }
 
 /// See [`cashtag_backend::Backend::attention`].
-pub(crate) fn forward<T: Small>(
+pub(crate) fn forward<S: Element, T: Small>(
     layout: &AttentionLayout,
     heads: Heads,
-    q: View<'_, T>,
+    q: View<'_, S>,
     k: View<'_, T>,
     v: View<'_, T>,
     o: ViewMut<'_, T>,
@@ -288,8 +303,8 @@ pub(crate) fn forward<T: Small>(
         let p_even = p.next_multiple_of(2);
         let widest = tile.pieces.iter().map(|x| x.segment.context[1].len.next_multiple_of(2) + x.own()).max();
         let width = (p_even + widest.unwrap_or(0)).next_multiple_of(2) + 2;
-        w.scores.resize(tile.rows * width, 0.0);
-        w.probabilities.resize(tile.rows * width, T::default());
+        grow(&mut w.scores, tile.rows * width);
+        grow(&mut w.probabilities, tile.rows * width);
         for head in kv_head * group..(kv_head + 1) * group {
             copy_head(q, tile.q_start, tile.rows, head, dim, &mut w.q);
             let q = View { data: &w.q, rows: tile.rows, cols: dim, stride: dim };
@@ -338,7 +353,7 @@ pub(crate) fn forward<T: Small>(
                     row += 1;
                 }
             }
-            w.out.resize(tile.rows * dim, 0.0);
+            grow(&mut w.out, tile.rows * dim);
             if let Some(((_, vp), len)) = prefix {
                 let a = View { data: &w.probabilities[..], rows: tile.rows, cols: len, stride: width };
                 T::mul(a, vp, false, ViewMut { data: &mut w.out, rows: tile.rows, cols: dim, stride: dim });
@@ -491,10 +506,10 @@ impl<T: Small> Backward<T> {
         let n = rows.count;
         let width = keys.count.next_multiple_of(2) + 2;
         let scale = 1.0 / (dim as f32).sqrt();
-        self.scores.resize(n * width, 0.0);
-        self.d_probabilities.resize(n * width, 0.0);
-        self.probabilities.resize(n * width, T::default());
-        self.d_scores.resize(n * width, T::default());
+        grow(&mut self.scores, n * width);
+        grow(&mut self.d_probabilities, n * width);
+        grow(&mut self.probabilities, n * width);
+        grow(&mut self.d_scores, n * width);
         let q = View { data: &self.q[offset * dim..(offset + n) * dim], rows: n, cols: dim, stride: dim };
         let d_o = View { data: &self.d_o[offset * dim..(offset + n) * dim], rows: n, cols: dim, stride: dim };
         T::mul(q, keys.k_nt, false, ViewMut { data: &mut self.scores, rows: n, cols: keys.count, stride: width });

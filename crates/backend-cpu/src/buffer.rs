@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use cashtag_backend::{Dtype, Mat, MatMut};
 
-use crate::simd::Bf16;
+use crate::simd::{Bf16, Element};
 
 /// Bytes held now and at most by the buffers and weights of one backend.
 #[derive(Debug, Default)]
@@ -136,11 +136,39 @@ pub(crate) struct ViewMut<'a, T> {
     pub(crate) stride: usize,
 }
 
+/// A bf16 copy of an f32 view.
+pub(crate) struct Rounded {
+    data: Vec<Bf16>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Rounded {
+    pub(crate) fn of(src: View<'_, f32>) -> Self {
+        let data = (0..src.rows).flat_map(|i| src.row(i).iter().map(|&x| Bf16::from_f32(x))).collect();
+        Self { data, rows: src.rows, cols: src.cols }
+    }
+
+    pub(crate) fn view(&self) -> View<'_, Bf16> {
+        View { data: &self.data, rows: self.rows, cols: self.cols, stride: self.cols }
+    }
+}
+
 /// A view of either float type.
 #[derive(Clone, Copy)]
 pub(crate) enum AnyView<'a> {
     F32(View<'a, f32>),
     Bf16(View<'a, Bf16>),
+}
+
+impl AnyView<'_> {
+    pub(crate) fn rows(&self) -> usize {
+        typed!(Self, self, v => v.rows)
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        typed!(Self, self, v => v.cols)
+    }
 }
 
 pub(crate) enum AnyViewMut<'a> {

@@ -31,7 +31,7 @@ use cashtag_backend::{
 };
 
 pub use buffer::CpuBuffer;
-use buffer::{AnyView, AnyViewMut, Data, Memory, ViewMut, typed, view, view_mut};
+use buffer::{AnyView, AnyViewMut, Data, Memory, Rounded, ViewMut, typed, view, view_mut};
 pub use linear::CpuWeight;
 use linear::{Form, Scratch, Storage};
 use masks::Masks;
@@ -97,6 +97,7 @@ impl CpuBackend {
         let bf16 = precision == Precision::Bf16;
         DryRules {
             compute: if bf16 { Dtype::Bf16 } else { Dtype::F32 },
+            inference_output: Dtype::F32,
             weight: Box::new(move |out, inner, embedding| {
                 linear::weight_bytes(Storage::of(bf16, embedding), out, inner)
             }),
@@ -165,6 +166,15 @@ impl Backend for CpuBackend {
             Precision::F32 => Dtype::F32,
             Precision::Bf16 => Dtype::Bf16,
         }
+    }
+
+    /// Rounding q, k, v, gate and up to bf16 after each addition is half of what separates bf16's probabilities from f32's.
+    fn inference_output_dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn run<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(pass)
     }
 
     fn zeros(&self, dtype: Dtype, len: usize) -> Result<CpuBuffer> {
@@ -400,6 +410,13 @@ impl Backend for CpuBackend {
             (AnyView::Bf16(q), AnyView::Bf16(k), AnyView::Bf16(v), AnyViewMut::Bf16(o)) => {
                 attention::forward(layout, heads, q, k, v, o, lse);
             }
+            (AnyView::F32(q), AnyView::Bf16(k), AnyView::Bf16(v), AnyViewMut::Bf16(o)) => {
+                attention::forward(layout, heads, q, k, v, o, lse);
+            }
+            (AnyView::F32(q), AnyView::F32(k), AnyView::F32(v), AnyViewMut::Bf16(o)) => {
+                let (k, v) = (Rounded::of(k), Rounded::of(v));
+                attention::forward(layout, heads, q, k.view(), v.view(), o, lse);
+            }
             _ => panic!("q, k, v and o have different dtypes"),
         });
         Ok(())
@@ -432,7 +449,7 @@ impl Backend for CpuBackend {
 
     fn swiglu(&self, gate_up: Mat<'_, CpuBuffer>, h: MatMut<'_, CpuBuffer>) -> Result<()> {
         let (gate_up, h) = (view(gate_up), view_mut(h));
-        self.pool.install(|| same!(gate_up, h => rows::swiglu(gate_up, h)));
+        self.pool.install(|| typed!(AnyView, gate_up, g => typed!(AnyViewMut, h, h => rows::swiglu(g, h))));
         Ok(())
     }
 

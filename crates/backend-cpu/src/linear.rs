@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::buffer::{AnyView, AnyViewMut, Held, Memory, View, ViewMut};
 use crate::gemm::fixed::{self, FixedPanels, FixedWeight};
 use crate::gemm::{
-    AWords, COut, NR, Panels, TileOut, gemm as gemm_bf16, interleave_rows, pack_nn, pack_nt, transpose_panels,
+    AWords, COut, NR, Panels, TileOut, gemm as gemm_bf16, gemm_sum, interleave_rows, pack_nn, pack_nt, transpose_panels,
 };
 use crate::simd::{Bf16, Element, Isa, isa};
 
@@ -30,6 +30,8 @@ pub(crate) enum WeightData {
     F32(Vec<f32>),
     /// Panels of Wᵀ. The backward transposes them into scratch, a few percent of its time, so that they are held once.
     Bf16(Panels),
+    /// Panels of Wᵀ, and of what rounding left of it: 16 bits of mantissa in all. f32 rows are multiplied by both.
+    Pair([Panels; 2]),
     /// The same as 16-bit integers, where those multiply faster.
     Fixed(FixedWeight),
 }
@@ -39,17 +41,19 @@ pub(crate) enum WeightData {
 pub(crate) enum Storage {
     F32,
     Bf16,
+    Pair,
     Fixed,
 }
 
 impl Storage {
-    /// Embeddings and heads stay bf16: their gradient has few large elements among many thousand tiny ones, which a scale for all
-    /// of them would lose.
+    /// Embeddings and heads stay floats: their gradient has few large elements among many thousand tiny ones, which a scale for all
+    /// of them would lose. What rounding left of them is kept: it is the same for every text, a bias on each label.
     pub(crate) fn of(bf16: bool, embedding: bool) -> Self {
         match (bf16, embedding) {
             (false, _) => Self::F32,
+            (true, true) => Self::Pair,
             (true, false) if isa() == Isa::Avx2 => Self::Fixed,
-            (true, _) => Self::Bf16,
+            (true, false) => Self::Bf16,
         }
     }
 }
@@ -80,6 +84,7 @@ pub(crate) fn weight_bytes(storage: Storage, out: usize, inner: usize) -> u64 {
     4 * match storage {
         Storage::F32 => out * inner,
         Storage::Bf16 => panel_words(inner, out),
+        Storage::Pair => 2 * panel_words(inner, out),
         Storage::Fixed => fixed::panel_words(inner, out) + 2 * out.next_multiple_of(fixed::NR),
     } as u64
 }
@@ -137,9 +142,14 @@ impl CpuWeight {
                 (WeightData::Fixed(weight), bytes)
             }
             Storage::Bf16 => {
-                let panels = load_bf16(sources, out, inner)?;
+                let [panels, _] = load_bf16(sources, out, inner, false)?;
                 let bytes = panels.words.len() * 4;
                 (WeightData::Bf16(panels), bytes)
+            }
+            Storage::Pair => {
+                let pair = load_bf16(sources, out, inner, true)?;
+                let bytes = pair.iter().map(|p| p.words.len() * 4).sum();
+                (WeightData::Pair(pair), bytes)
             }
             Storage::F32 => {
                 let mut w = vec![0f32; out * inner];
@@ -165,32 +175,50 @@ impl CpuWeight {
                     *t = panels.get(k, row).to_f32();
                 }
             }
+            WeightData::Pair([high, low]) => {
+                for (k, t) in target.iter_mut().enumerate() {
+                    *t = high.get(k, row).to_f32() + low.get(k, row).to_f32();
+                }
+            }
             WeightData::Fixed(weight) => weight.read_row(row, target),
         }
     }
 }
 
-fn load_bf16(sources: &[&dyn WeightSource], out: usize, inner: usize) -> Result<Panels> {
-    let mut panels = Panels::default();
-    panels.reshape(inner, out);
-    let len = panels.panel_len();
+/// The weights rounded to bf16 and, with `pair`, what that left of them.
+fn load_bf16(sources: &[&dyn WeightSource], out: usize, inner: usize, pair: bool) -> Result<[Panels; 2]> {
+    let mut panels = [Panels::default(), Panels::default()];
+    panels.iter_mut().take(1 + usize::from(pair)).for_each(|p| p.reshape(inner, out));
+    let [high, low] = &mut panels;
+    let len = high.panel_len();
     if len > 0 {
-        panels.used().par_chunks_mut(len).enumerate().try_for_each_init(
+        let mut lows: Vec<_> = low.words.chunks_mut(len).map(Some).collect();
+        lows.resize_with(out.div_ceil(NR), || None);
+        high.used().par_chunks_mut(len).zip(lows).enumerate().try_for_each_init(
             || (vec![0f32; LOAD_ROWS * inner], vec![Bf16::default(); LOAD_ROWS * inner], Panels::default()),
-            |(wide, narrow, one), (p, target)| -> Result<()> {
+            |(wide, narrow, one), (p, (high, low))| -> Result<()> {
                 let rows = p * NR..((p + 1) * NR).min(out);
                 let n = rows.len();
-                read_stacked(sources, rows, &mut wide[..n * inner])?;
-                for (b, f) in narrow.iter_mut().zip(&wide[..n * inner]) {
-                    *b = Bf16::from_f32(*f);
+                let wide = &mut wide[..n * inner];
+                read_stacked(sources, rows, wide)?;
+                for target in [Some(high), low].into_iter().flatten() {
+                    take_bf16(wide, narrow);
+                    pack_nt(narrow, inner, n, inner, one, false);
+                    target.copy_from_slice(one.used());
                 }
-                pack_nt(narrow, inner, n, inner, one, false);
-                target.copy_from_slice(one.used());
                 Ok(())
             },
         )?;
     }
     Ok(panels)
+}
+
+/// `narrow ← bf16(wide)`, and `wide` keeps what that left.
+fn take_bf16(wide: &mut [f32], narrow: &mut [Bf16]) {
+    for (narrow, wide) in narrow.iter_mut().zip(wide) {
+        *narrow = Bf16::from_f32(*wide);
+        *wide -= narrow.to_f32();
+    }
 }
 
 fn read_stacked(sources: &[&dyn WeightSource], rows: Range<usize>, out: &mut [f32]) -> Result<()> {
@@ -358,6 +386,30 @@ pub(crate) fn linear(x: AnyView<'_>, w: &CpuWeight, accumulate: bool, mut y: Any
             // SAFETY: x and y are views of these sizes; y is borrowed mutably.
             with_a_words(x, scratch, |a| unsafe { gemm_bf16(1.0, a, panels, accumulate, out, true) });
         }
+        WeightData::Pair([high, low]) => {
+            let (out, rows, cols) = c_out(&mut y);
+            assert_eq!((x.rows(), x.cols(), w.out), (rows, w.inner, cols), "linear: shapes do not fit");
+            match x {
+                // SAFETY: x and y are views of these sizes; y is borrowed mutably.
+                AnyView::Bf16(x) => {
+                    with_a_words(x, scratch, |a| unsafe { gemm_bf16(1.0, a, high, accumulate, out, true) });
+                }
+                AnyView::F32(x) => {
+                    let mut wide: Vec<f32> = (0..x.rows).flat_map(|i| x.row(i)).copied().collect();
+                    let mut halves = [vec![Bf16::default(); wide.len()], vec![Bf16::default(); wide.len()]];
+                    halves.iter_mut().for_each(|half| take_bf16(&mut wide, half));
+                    let halves = halves.each_ref().map(|data| View { data, rows, cols: x.cols, stride: x.cols });
+                    with_a_words(halves[0], scratch, |a| {
+                        with_a_words(halves[1], scratch, |rest| {
+                            // All products of the halves but that of both remainders, 2⁻¹⁸ of the result.
+                            let terms = [(a, high), (rest, high), (a, low)];
+                            // SAFETY: the words are of matrices as large as x; y is borrowed mutably.
+                            unsafe { gemm_sum(1.0, &terms, accumulate, out, true) }
+                        });
+                    });
+                }
+            }
+        }
         WeightData::Fixed(weight) => {
             let x = bf16(x);
             let (out, rows, cols) = c_out(&mut y);
@@ -387,7 +439,7 @@ pub(crate) fn linear_backward(
     scratch: &Scratch,
 ) {
     match &w.data {
-        WeightData::Bf16(forward) => {
+        WeightData::Bf16(forward) | WeightData::Pair([forward, _]) => {
             let dy = bf16(dy);
             let (out, rows, cols) = c_out(&mut dx);
             assert_eq!((dy.rows, dy.cols, w.inner), (rows, w.out, cols), "linear_backward: shapes do not fit");

@@ -29,7 +29,7 @@ fn each_row<D: Send>(dst: ViewMut<'_, D>, f: impl Fn(usize, &mut [D]) + Sync + S
 }
 
 simd! {
-    fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
+    pub(crate) fn convert<S: Element, D: Element>(src: &[S], dst: &mut [D]) {
         for (d, s) in dst.iter_mut().zip(src) {
             *d = D::from_f32(s.to_f32());
         }
@@ -261,7 +261,7 @@ pub(crate) fn rope<T: Element>(
 // --- SwiGLU --------------------------------------------------------------------------------------------------------------
 
 simd! {
-    fn swiglu_row<T: Element>(gate_up: &[T], h: &mut [T]) {
+    fn swiglu_row<S: Element, T: Element>(gate_up: &[S], h: &mut [T]) {
         let (gate, up) = gate_up.split_at(h.len());
         for ((h, g), u) in h.iter_mut().zip(gate).zip(up) {
             let g = g.to_f32();
@@ -285,7 +285,7 @@ simd! {
     }
 }
 
-pub(crate) fn swiglu<T: Element>(gate_up: View<'_, T>, h: ViewMut<'_, T>) {
+pub(crate) fn swiglu<S: Element, T: Element>(gate_up: View<'_, S>, h: ViewMut<'_, T>) {
     assert_eq!((gate_up.rows, gate_up.cols), (h.rows, 2 * h.cols));
     each_row(h, |i, row| swiglu_row(gate_up.row(i), row));
 }

@@ -179,6 +179,7 @@ impl CudaBackend {
         let (weight, scratch) = (Arc::clone(&budget), budget);
         DryRules {
             compute: options.compute,
+            inference_output: options.compute,
             weight: Box::new(move |out, inner, embedding| weight.hold(out, inner, embedding)),
             scratch: Box::new(move |product| scratch.scratch(product)),
             lazy: false,

@@ -133,6 +133,19 @@ pub trait Backend: Send + Sync + 'static {
     /// T: dtype of activations and of all matrix operands.
     fn compute_dtype(&self) -> Dtype;
 
+    /// What holds q, k, v and gate, up of a pass without a backward, and what its head multiplies: T, or f32 where that costs little.
+    /// Frozen layer, LoRA and RoPE then add up unrounded; what they become is T again. [`rope`](Self::rope),
+    /// [`swiglu`](Self::swiglu), the q of [`attention`](Self::attention), results of products and [`linear`](Self::linear) by an
+    /// [`embedding`](Self::embedding) take it.
+    fn inference_output_dtype(&self) -> Dtype {
+        self.compute_dtype()
+    }
+
+    /// Runs a pass of many operations: on a device with threads of its own in one of them, so that not each operation is handed over.
+    fn run<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {
+        pass()
+    }
+
     // --- memory ------------------------------------------------------------------------------------------------------
 
     /// `len` elements, zeroed.

@@ -49,6 +49,8 @@ type ScratchRule = Box<dyn Fn(Product) -> u64 + Send + Sync>;
 /// What a device does by itself.
 pub struct DryRules {
     pub compute: Dtype,
+    /// [`Backend::inference_output_dtype`].
+    pub inference_output: Dtype,
     /// Bytes of a frozen weight: (out, in, whether it is an embedding or a head).
     pub weight: WeightRule,
     /// Bytes that a product needs and the device keeps for the next one.
@@ -196,6 +198,10 @@ impl Backend for DryBackend {
 
     fn compute_dtype(&self) -> Dtype {
         self.rules.compute
+    }
+
+    fn inference_output_dtype(&self) -> Dtype {
+        self.rules.inference_output
     }
 
     fn zeros(&self, dtype: Dtype, len: usize) -> Result<DryBuffer> {
@@ -505,6 +511,7 @@ mod tests {
     fn backend(lazy: bool) -> DryBackend {
         DryBackend::new(DryRules {
             compute: Dtype::Bf16,
+            inference_output: Dtype::F32,
             weight: Box::new(|out, inner, _| (2 * out * inner) as u64),
             scratch: Box::new(|product| match product {
                 Product::Linear { rows, .. } => rows as u64,

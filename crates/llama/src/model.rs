@@ -352,6 +352,8 @@ impl<B: Backend> Llama<B> {
         let alloc = |cols: usize| -> Result<B::Buffer> { Ok(backend.uninit(t, n * cols)?) };
         let f32s = |cols: usize| -> Result<B::Buffer> { Ok(backend.uninit(Dtype::F32, n * cols)?) };
         let training = matches!(purpose, Purpose::Training(_));
+        let output = if training { t } else { backend.inference_output_dtype() };
+        let outputs = |cols: usize| -> Result<B::Buffer> { Ok(backend.uninit(output, n * cols)?) };
         let dora = lora.is_some_and(|l| l.dora.is_some());
         let layers = self.layers.len();
         let first = lora.and_then(Lora::first_layer).unwrap_or(0);
@@ -368,10 +370,10 @@ impl<B: Backend> Llama<B> {
                 x2: norm_input(n)?,
                 inv1: f32s(1)?,
                 inv2: f32s(1)?,
-                qkv: alloc(self.qkv_dim())?,
+                qkv: outputs(self.qkv_dim())?,
                 o: alloc(self.q_dim())?,
                 lse: f32s(c.num_attention_heads)?,
-                gate_up: alloc(2 * f)?,
+                gate_up: outputs(2 * f)?,
                 u: [alloc(ranks[0])?, alloc(ranks[1])?, alloc(ranks[2])?, alloc(ranks[3])?],
                 added: [alloc(if dora { d } else { 0 })?, alloc(if dora { d } else { 0 })?],
             });
@@ -572,11 +574,14 @@ impl<B: Backend> Llama<B> {
         ws: &mut Workspace<B>,
     ) -> Result<()> {
         check(lora)?;
-        self.start(backend, ws, ids, layout, rows)?;
-        for layer in 0..self.layers.len() {
-            self.forward_layer(backend, &LayerPass { layer, layout, rows, lora, random: None }, Some(&mut *kv), ws)?;
-        }
-        Ok(())
+        backend.run(|| {
+            self.start(backend, ws, ids, layout, rows)?;
+            for layer in 0..self.layers.len() {
+                let pass = LayerPass { layer, layout, rows, lora, random: None };
+                self.forward_layer(backend, &pass, Some(&mut *kv), ws)?;
+            }
+            Ok(())
+        })
     }
 
     /// Final norm and language-model head for the rows that the pass was asked for. For each block of them, calls
@@ -618,15 +623,17 @@ impl<B: Backend> Llama<B> {
         ws: &mut Workspace<B>,
     ) -> Result<BatchLoss> {
         check(lora)?;
-        self.start(backend, ws, &batch.ids, &batch.layout, &batch.label_rows)?;
-        for layer in 0..self.layers.len() {
-            let pass = LayerPass { layer, layout: &batch.layout, rows: &batch.label_rows, lora, random: None };
-            self.forward_layer(backend, &pass, None, ws)?;
-        }
-        let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, batch.label_rows.len(), false)?;
-        let loss = self.label_loss(backend, batch, label_smoothing, None, &mut head, ws)?;
-        ws.head = Some(head);
-        Ok(loss)
+        backend.run(|| {
+            self.start(backend, ws, &batch.ids, &batch.layout, &batch.label_rows)?;
+            for layer in 0..self.layers.len() {
+                let pass = LayerPass { layer, layout: &batch.layout, rows: &batch.label_rows, lora, random: None };
+                self.forward_layer(backend, &pass, None, ws)?;
+            }
+            let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, batch.label_rows.len(), false)?;
+            let loss = self.label_loss(backend, batch, label_smoothing, None, &mut head, ws)?;
+            ws.head = Some(head);
+            Ok(loss)
+        })
     }
 
     /// Forward and backward of a packed batch: adds the gradient of the weighted sum of label-row losses (times the loss
@@ -635,6 +642,17 @@ impl<B: Backend> Llama<B> {
     /// # Errors
     /// Token ids or positions that the model does not have, or a device that fails.
     pub fn forward_backward(
+        &self,
+        backend: &B,
+        batch: &PackedBatch,
+        lora: &mut Lora<B>,
+        pass: TrainPass,
+        ws: &mut Workspace<B>,
+    ) -> Result<BatchLoss> {
+        backend.run(|| self.forward_backward_here(backend, batch, lora, pass, ws))
+    }
+
+    fn forward_backward_here(
         &self,
         backend: &B,
         batch: &PackedBatch,
@@ -938,7 +956,7 @@ impl<B: Backend> HeadBuffers<B> {
             targets: backend.zeros(Dtype::U32, rows)?,
             weights: backend.zeros(Dtype::F32, rows)?,
             x: backend.uninit(Dtype::F32, rows * d)?,
-            y: backend.uninit(t, rows * d)?,
+            y: backend.uninit(if gradient { t } else { backend.inference_output_dtype() }, rows * d)?,
             inv: backend.uninit(Dtype::F32, rows)?,
             logits: backend.uninit(Dtype::F32, rows * c.vocab_size)?,
             loss: backend.uninit(Dtype::F32, rows)?,

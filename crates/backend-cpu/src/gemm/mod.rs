@@ -15,6 +15,8 @@ pub(crate) mod fixed;
 mod pack;
 mod scalar;
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 pub(crate) use pack::{Panels, interleave_rows, pack_nn, pack_nt, transpose_panels};
@@ -97,7 +99,21 @@ unsafe impl Sync for COut {}
 /// `a` covers `a.rows × a.k_words` words with its strides, `c` covers `a.rows × b.n` elements with its stride and nobody else
 /// touches them meanwhile.
 pub(crate) unsafe fn gemm(alpha: f32, a: AWords, b: &Panels, accumulate: bool, c: COut, parallel: bool) {
-    assert_eq!(a.k_words, b.k_words(), "inner dimensions differ");
+    // SAFETY: the caller's contract, passed on.
+    unsafe { gemm_sum(alpha, &[(a, b)], accumulate, c, parallel) }
+}
+
+/// `C ← alpha·Σ A·B`, or `C ← C + alpha·Σ A·B` with `accumulate`, over terms of equal shape. A panel of C is finished before the next is
+/// begun, so panels that several terms share are read once.
+///
+/// # Safety
+/// As [`gemm`], for each term.
+pub(crate) unsafe fn gemm_sum(alpha: f32, terms: &[(AWords, &Panels)], accumulate: bool, c: COut, parallel: bool) {
+    let Some(&(a, b)) = terms.first() else { return };
+    for (a_i, b_i) in terms {
+        assert_eq!(a_i.k_words, b_i.k_words(), "inner dimensions differ");
+        assert_eq!((a_i.rows, b_i.n), (a.rows, b.n), "terms of different shapes");
+    }
     if a.rows == 0 || b.n == 0 {
         return;
     }
@@ -110,15 +126,11 @@ pub(crate) unsafe fn gemm(alpha: f32, a: AWords, b: &Panels, accumulate: bool, c
         let (row_task, panel_task) = (index / panel_tasks, index % panel_tasks);
         let rows = row_task * ROWS_PER_TASK..((row_task + 1) * ROWS_PER_TASK).min(a.rows);
         let columns = panel_task * panels / panel_tasks..(panel_task + 1) * panels / panel_tasks;
-        #[cfg(target_arch = "x86_64")]
-        if isa() == Isa::Avx2 {
-            // SAFETY: isa() checked the features; rows and panels lie inside the operands by the caller's contract.
-            return unsafe { avx2::block(alpha, a, b, accumulate, c, rows, columns) };
-        }
-        for p in columns {
-            for row in rows.clone().step_by(MR) {
-                // SAFETY: the tile lies inside the operands by the caller's contract.
-                unsafe { one_tile(alpha, a, b, accumulate, c, row, (rows.end - row).min(MR), p) }
+        let step = if terms.len() == 1 { columns.len() } else { 1 };
+        for first in columns.clone().step_by(step) {
+            for (i, &(a, b)) in terms.iter().enumerate() {
+                // SAFETY: rows and panels lie inside the operands by the caller's contract.
+                unsafe { block(alpha, a, b, accumulate || i > 0, c, rows.clone(), first..first + step) }
             }
         }
     };
@@ -127,6 +139,32 @@ pub(crate) unsafe fn gemm(alpha: f32, a: AWords, b: &Panels, accumulate: bool, c
         (0..tasks).into_par_iter().with_max_len(1).for_each(task);
     } else {
         (0..tasks).for_each(task);
+    }
+}
+
+/// The tiles of `rows` × the panels `columns`.
+///
+/// # Safety
+/// As [`gemm`], with rows and panels inside.
+unsafe fn block(
+    alpha: f32,
+    a: AWords,
+    b: &Panels,
+    accumulate: bool,
+    c: COut,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx2 {
+        // SAFETY: isa() checked the features; the rest is the caller's contract.
+        return unsafe { avx2::block(alpha, a, b, accumulate, c, rows, columns) };
+    }
+    for p in columns {
+        for row in rows.clone().step_by(MR) {
+            // SAFETY: the tile lies inside the operands by the caller's contract.
+            unsafe { one_tile(alpha, a, b, accumulate, c, row, (rows.end - row).min(MR), p) }
+        }
     }
 }
 

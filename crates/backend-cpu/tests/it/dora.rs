@@ -45,7 +45,7 @@ proptest! {
     }
 }
 
-struct Source(Vec<f32>, usize);
+pub(crate) struct Source(pub(crate) Vec<f32>, pub(crate) usize);
 
 impl WeightSource for Source {
     fn name(&self) -> &str {

@@ -1,5 +1,6 @@
-//! The CPU backend against finite differences in f64, and against bitsandbytes.
+//! The CPU backend against finite differences in f64 and against bitsandbytes, and what it computes in more than bf16.
 
 mod adamw8;
 mod dora;
 mod finite_differences;
+mod inference;
