@@ -1,6 +1,6 @@
 //! The CPU backend: pure Rust, no BLAS.
 //!
-//! Two precisions: **bf16** on processors with AVX512-BF16 or AVX2, and **f32** everywhere (the `gemm` crate), which is also the
+//! Two precisions: **bf16** on processors with AVX512-BF16 or AVX2, and **f32** everywhere (the `gemm-f32` crate), which is also the
 //! parity mode. What bf16 means for matrix products depends on the processor:
 //!
 //! | | frozen layers | LoRA factors, attention, embedding and head |
@@ -489,6 +489,11 @@ impl Backend for CpuBackend {
             Some(AnyViewMut::Bf16(d)) => loss::cross_entropy(logits, row, loss, Some(d)),
         });
         Ok(())
+    }
+
+    fn log_probabilities(&self, logits: Mat<'_, CpuBuffer>, targets: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        let AnyView::F32(logits) = view(logits) else { panic!("logits are float32") };
+        Ok(self.pool.install(|| loss::log_probabilities(logits, targets)))
     }
 
     fn sum_of_squares(&self, x: &CpuBuffer) -> Result<f64> {

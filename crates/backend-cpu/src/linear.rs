@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use cashtag_backend::dry::Product;
 use cashtag_backend::{Error, Result, WeightSource};
-use gemm::Parallelism;
+use gemm_common::Parallelism;
 use rayon::prelude::*;
 
 use crate::buffer::{AnyView, AnyViewMut, Held, Memory, View, ViewMut};
@@ -328,7 +328,7 @@ pub(crate) fn matmul(
     });
 }
 
-/// The f32 product, by the `gemm` crate.
+/// The f32 product, by the f32 part of the `gemm` crate: its other element types would take a quarter of a minute to compile.
 pub(crate) fn matmul_f32(
     form: Form,
     alpha: f32,
@@ -351,22 +351,24 @@ pub(crate) fn matmul_f32(
         return;
     }
     let threads = if parallel { Parallelism::Rayon(0) } else { Parallelism::None };
+    // Its kernels write columns and C has rows, so it is asked for Cᵀ = op(b)ᵀ·op(a)ᵀ.
+    let multiply = gemm_f32::gemm::f32::get_gemm_fn();
     // SAFETY: the views cover m × k, k × n and m × n elements with these strides; c is borrowed mutably.
     unsafe {
-        gemm::gemm(
-            m,
+        multiply(
             n,
+            m,
             k,
             c.data.as_mut_ptr(),
-            1,
             c.stride as isize,
+            1,
             accumulate,
-            a.data.as_ptr(),
-            a_col as isize,
-            a_row as isize,
             b.data.as_ptr(),
-            b_col as isize,
             b_row as isize,
+            b_col as isize,
+            a.data.as_ptr(),
+            a_row as isize,
+            a_col as isize,
             if accumulate { 1.0 } else { 0.0 },
             alpha,
             false,

@@ -72,6 +72,17 @@ fn row_loss<T: Element>(logits: &[f32], r: &RowLoss, dlogits: Option<&mut [T]>) 
     r.weight * loss
 }
 
+/// As [`cashtag_backend::Backend::log_probabilities`]: a row is read once, however many targets it has.
+pub(crate) fn log_probabilities(logits: View<'_, f32>, targets: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    assert_eq!(logits.rows, targets.len());
+    let row = |(i, targets): (usize, &Vec<u32>)| {
+        let row = logits.row(i);
+        let lse = log_sum_exp(row);
+        targets.iter().map(|&t| row[t as usize] - lse).collect()
+    };
+    targets.par_iter().enumerate().map(row).collect()
+}
+
 pub(crate) fn cross_entropy<T: Element>(
     logits: View<'_, f32>,
     row: impl Fn(usize) -> RowLoss + Sync + Send,

@@ -141,7 +141,8 @@ pub trait Backend: Send + Sync + 'static {
         self.compute_dtype()
     }
 
-    /// Runs a pass of many operations: on a device with threads of its own in one of them, so that not each operation is handed over.
+    /// Runs a pass of many operations: on a device with threads of its own in one of them, so that not each operation is handed over, and
+    /// rayon's loops in it run on those.
     fn run<R: Send>(&self, pass: impl FnOnce() -> R + Send) -> R {
         pass()
     }
@@ -351,6 +352,33 @@ pub trait Backend: Send + Sync + 'static {
         loss: &mut Self::Buffer,
         dlogits: Option<MatMut<'_, Self::Buffer>>,
     ) -> Result<()>;
+
+    /// log p of the classes that are asked for, row by row: logits f32 `[n, vocab]`, `targets` n lists of any lengths.
+    ///
+    /// As it stands here, a [`cross_entropy`](Self::cross_entropy) for each target that a row has.
+    fn log_probabilities(&self, logits: Mat<'_, Self::Buffer>, targets: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        let n = targets.len();
+        let mut ids = self.zeros(Dtype::U32, n)?;
+        let mut weights = self.zeros(Dtype::F32, n)?;
+        let mut loss = self.zeros(Dtype::F32, n)?;
+        self.upload(&vec![1.0; n], &mut weights, 0)?;
+        let mut values = vec![0f32; n];
+        let mut result = vec![Vec::new(); n];
+        for pass in 0..targets.iter().map(Vec::len).max().unwrap_or(0) {
+            let column: Vec<u32> = targets.iter().map(|row| row.get(pass).copied().unwrap_or(0)).collect();
+            self.upload_u32(&column, &mut ids)?;
+            let arguments =
+                CrossEntropy { targets: &ids, weights: &weights, label_smoothing: 0.0, gradient_scale: 1.0 };
+            self.cross_entropy(logits, arguments, &mut loss, None)?;
+            self.download(&loss, 0, &mut values)?;
+            for ((row, value), result) in targets.iter().zip(&values).zip(&mut result) {
+                if pass < row.len() {
+                    result.push(-value);
+                }
+            }
+        }
+        Ok(result)
+    }
 
     // --- optimizer ---------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@
 //!
 //! The shared prefix runs once, when the scorer is made.
 
-use cashtag_backend::{AttentionLayout, Backend, CrossEntropy, Dtype, Segment, Span};
+use cashtag_backend::{AttentionLayout, Backend, Segment, Span};
 
 use crate::error::{Error, Result};
 use crate::kv::KvStore;
@@ -163,25 +163,10 @@ impl<B: Backend> Scorer<B> {
                     by_row[i].push(w);
                 }
             }
-            let passes = by_row.iter().map(Vec::len).max().unwrap_or(0);
-            let n = block.len();
-            let mut targets = backend.zeros(Dtype::U32, n)?;
-            let mut weights = backend.zeros(Dtype::F32, n)?;
-            let mut loss = backend.zeros(Dtype::F32, n)?;
-            backend.upload(&vec![1.0; n], &mut weights, 0)?;
-            let mut values = vec![0f32; n];
-            // One pass over the logits for each target that a row has: as many as there are labels.
-            for pass in 0..passes {
-                let ids: Vec<u32> = by_row.iter().map(|w| w.get(pass).map_or(0, |w| w.target)).collect();
-                backend.upload_u32(&ids, &mut targets)?;
-                let arguments =
-                    CrossEntropy { targets: &targets, weights: &weights, label_smoothing: 0.0, gradient_scale: 1.0 };
-                backend.cross_entropy(logits, arguments, &mut loss, None)?;
-                backend.download(&loss, 0, &mut values)?;
-                for (row, value) in by_row.iter().zip(&values) {
-                    if let Some(w) = row.get(pass) {
-                        result[first + w.prompt][w.label] -= value;
-                    }
+            let targets: Vec<Vec<u32>> = by_row.iter().map(|row| row.iter().map(|w| w.target).collect()).collect();
+            for (row, values) in by_row.iter().zip(backend.log_probabilities(logits, &targets)?) {
+                for (w, value) in row.iter().zip(values) {
+                    result[first + w.prompt][w.label] += value;
                 }
             }
             Ok(())

@@ -109,3 +109,20 @@ fn swiglu_reads_what_was_not_rounded() {
         assert!((found - expected).abs() <= expected.abs() / 256.0 * 1.001, "{found} {expected}");
     }
 }
+
+#[test]
+fn log_probabilities_of_several_classes_of_a_row() {
+    let b = backend();
+    let (n, vocab) = (5, 1000);
+    let logits: Vec<f64> = values(n * vocab, 8).iter().map(|x| 9.0 * x).collect();
+    let buffer = upload(&b, Dtype::F32, &logits);
+    let targets = [vec![0, 999, 17], vec![], vec![3], vec![5, 5], vec![998, 1, 2, 3]];
+    let found = b.log_probabilities(Mat::new(&buffer, n, vocab), &targets).unwrap();
+    assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [3, 0, 1, 2, 4]);
+    for ((row, targets), found) in logits.chunks(vocab).zip(&targets).zip(&found) {
+        let lse = row.iter().map(|x| x.exp()).sum::<f64>().ln();
+        for (&target, &found) in targets.iter().zip(found) {
+            assert!((f64::from(found) - (row[target as usize] - lse)).abs() < 1e-5);
+        }
+    }
+}

@@ -60,7 +60,8 @@ impl<B: Backend> Factor<B> {
             // No input at all: every weight counts the same.
             let add = if mean > 0.0 { damping * mean } else { 1.0 };
             (0..n).for_each(|i| a[i * n + i] = (f64::from(a[i * n + i]) + add) as f32);
-            if cholesky(&mut a, n) {
+            // In the device's threads, as many as were asked for.
+            if backend.run(|| cholesky(&mut a, n)) {
                 break a;
             }
             damping *= 10.0;
@@ -230,20 +231,18 @@ pub(super) fn round<B: Backend>(
             pulled.iter_mut().zip(&before).for_each(|(p, b)| *p += b);
         }
         let corner = Corner::of(&factor.host, n, first);
-        let rounded: Vec<Rounded> = (0..outputs.div_ceil(LANES))
-            .into_par_iter()
-            .map(|chunk| {
-                let (mut w, mut t) = ([[0f32; LANES]; BLOCK], [[0f32; LANES]; BLOCK]);
-                for lane in 0..LANES.min(outputs - chunk * LANES) {
-                    let output = chunk * LANES + lane;
-                    for j in 0..BLOCK {
-                        w[j][lane] = weights[output * n + first + j];
-                        t[j][lane] = pulled[j * outputs + output];
-                    }
+        let chunk = |chunk: usize| {
+            let (mut w, mut t) = ([[0f32; LANES]; BLOCK], [[0f32; LANES]; BLOCK]);
+            for lane in 0..LANES.min(outputs - chunk * LANES) {
+                let output = chunk * LANES + lane;
+                for j in 0..BLOCK {
+                    w[j][lane] = weights[output * n + first + j];
+                    t[j][lane] = pulled[j * outputs + output];
                 }
-                corner.round(&w, &t, &scales)
-            })
-            .collect();
+            }
+            corner.round(&w, &t, &scales)
+        };
+        let rounded: Vec<Rounded> = backend.run(|| (0..outputs.div_ceil(LANES)).into_par_iter().map(chunk).collect());
         for (output, (rounded, lane)) in
             rounded.iter().flat_map(|r| (0..LANES).map(move |lane| (r, lane))).take(outputs).enumerate()
         {
