@@ -170,14 +170,10 @@ impl CpuWeight {
     pub(crate) fn read_row(&self, row: usize, target: &mut [f32]) {
         match &self.data {
             WeightData::F32(w) => target.copy_from_slice(&w[row * self.inner..(row + 1) * self.inner]),
-            WeightData::Bf16(panels) => {
+            // Of a pair the rounded values: the residual stream that training sees is the one that classification sees.
+            WeightData::Bf16(panels) | WeightData::Pair([panels, _]) => {
                 for (k, t) in target.iter_mut().enumerate() {
                     *t = panels.get(k, row).to_f32();
-                }
-            }
-            WeightData::Pair([high, low]) => {
-                for (k, t) in target.iter_mut().enumerate() {
-                    *t = high.get(k, row).to_f32() + low.get(k, row).to_f32();
                 }
             }
             WeightData::Fixed(weight) => weight.read_row(row, target),
