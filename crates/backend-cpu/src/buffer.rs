@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use cashtag_backend::{Dtype, Mat, MatMut};
 
-use crate::simd::{Bf16, Element};
+use crate::simd::Bf16;
 
 /// Bytes held now and at most by the buffers and weights of one backend.
 #[derive(Debug, Default)]
@@ -145,8 +145,10 @@ pub(crate) struct Rounded {
 
 impl Rounded {
     pub(crate) fn of(src: View<'_, f32>) -> Self {
-        let data = (0..src.rows).flat_map(|i| src.row(i).iter().map(|&x| Bf16::from_f32(x))).collect();
-        Self { data, rows: src.rows, cols: src.cols }
+        let View { rows, cols, .. } = src;
+        let mut data = vec![Bf16::default(); rows * cols];
+        crate::rows::copy(src, ViewMut { data: &mut data, rows, cols, stride: cols });
+        Self { data, rows, cols }
     }
 
     pub(crate) fn view(&self) -> View<'_, Bf16> {

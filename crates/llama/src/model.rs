@@ -649,50 +649,41 @@ impl<B: Backend> Llama<B> {
         pass: TrainPass,
         ws: &mut Workspace<B>,
     ) -> Result<BatchLoss> {
-        backend.run(|| self.forward_backward_here(backend, batch, lora, pass, ws))
-    }
-
-    fn forward_backward_here(
-        &self,
-        backend: &B,
-        batch: &PackedBatch,
-        lora: &mut Lora<B>,
-        pass: TrainPass,
-        ws: &mut Workspace<B>,
-    ) -> Result<BatchLoss> {
-        let n = batch.rows();
-        let d = self.config.hidden_size;
-        let random = pass.random;
-        let (layout, rows) = (&batch.layout, &batch.label_rows[..]);
-        check(Some(lora))?;
-        self.start(backend, ws, &batch.ids, layout, rows)?;
-        if let (Some(random), true) = (random, pass.neftune_alpha > 0.0) {
-            let x = MatMut::new(&mut ws.x, n, d);
-            neftune::add_noise(backend, layout, pass.neftune_alpha, random, x)?;
-        }
-        let block = ws.purpose == Purpose::Training(Checkpointing::Block);
-        let Some(first) = lora.first_layer() else {
-            return Err(Error::Invalid("there is nothing to train: the adapter has no factors".into()));
-        };
-        assert!(ws.first <= first, "the workspace is one of another adapter");
-        for layer in 0..self.layers.len() {
-            if block && layer >= first {
-                backend.copy(Mat::new(&ws.x, n, d), MatMut::new(&mut ws.block_inputs[layer], n, d))?;
+        backend.run(|| {
+            let n = batch.rows();
+            let d = self.config.hidden_size;
+            let random = pass.random;
+            let (layout, rows) = (&batch.layout, &batch.label_rows[..]);
+            check(Some(lora))?;
+            self.start(backend, ws, &batch.ids, layout, rows)?;
+            if let (Some(random), true) = (random, pass.neftune_alpha > 0.0) {
+                let x = MatMut::new(&mut ws.x, n, d);
+                neftune::add_noise(backend, layout, pass.neftune_alpha, random, x)?;
             }
-            self.forward_layer(backend, &LayerPass { layer, layout, rows, lora: Some(lora), random }, None, ws)?;
-        }
-        let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, batch.label_rows.len(), true)?;
-        let loss = self.label_loss(backend, batch, pass.label_smoothing, Some(pass.loss_scale), &mut head, ws)?;
-        ws.head = Some(head);
-        for layer in (first..self.layers.len()).rev() {
-            let forward = LayerPass { layer, layout, rows, lora: Some(&*lora), random };
-            if block {
-                backend.copy(Mat::new(&ws.block_inputs[layer], n, d), MatMut::new(&mut ws.x, n, d))?;
-                self.forward_layer(backend, &forward, None, ws)?;
+            let block = ws.purpose == Purpose::Training(Checkpointing::Block);
+            let Some(first) = lora.first_layer() else {
+                return Err(Error::Invalid("there is nothing to train: the adapter has no factors".into()));
+            };
+            assert!(ws.first <= first, "the workspace is one of another adapter");
+            for layer in 0..self.layers.len() {
+                if block && layer >= first {
+                    backend.copy(Mat::new(&ws.x, n, d), MatMut::new(&mut ws.block_inputs[layer], n, d))?;
+                }
+                self.forward_layer(backend, &LayerPass { layer, layout, rows, lora: Some(lora), random }, None, ws)?;
             }
-            self.backward_layer(backend, layer, layer == first, rows, layout, random, lora, ws)?;
-        }
-        Ok(loss)
+            let mut head = HeadBuffers::reuse(ws.head.take(), backend, &self.config, batch.label_rows.len(), true)?;
+            let loss = self.label_loss(backend, batch, pass.label_smoothing, Some(pass.loss_scale), &mut head, ws)?;
+            ws.head = Some(head);
+            for layer in (first..self.layers.len()).rev() {
+                let forward = LayerPass { layer, layout, rows, lora: Some(&*lora), random };
+                if block {
+                    backend.copy(Mat::new(&ws.block_inputs[layer], n, d), MatMut::new(&mut ws.x, n, d))?;
+                    self.forward_layer(backend, &forward, None, ws)?;
+                }
+                self.backward_layer(backend, layer, layer == first, rows, layout, random, lora, ws)?;
+            }
+            Ok(loss)
+        })
     }
 
     /// Loss of the label rows and, with a loss scale, its gradient in `dx`.
